@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device layer: uniform quantize, pack and dequant-GEMM verbs over swappable kernels."""
+
+from hal.device import Device, devices
+from hal.nn import QLinear
+from hal.ops import (
+    dequantize,
+    pack,
+    prepare,
+    qdq,
+    qdq_step_,
+    qgemm,
+    qgemm_grouped,
+    quantize,
+    quantize_act,
+    restore,
+    search,
+)
+from hal.plan import Weight
+from hal.qtensor import Params, QTensor
+from hal.registry import Caps, Case, Kernel, Unsupported, explain
+from hal.spec import Act, Spec
+
+__all__ = [
+    "Act",
+    "Caps",
+    "Case",
+    "Device",
+    "Kernel",
+    "Params",
+    "QLinear",
+    "QTensor",
+    "Spec",
+    "Unsupported",
+    "Weight",
+    "dequantize",
+    "devices",
+    "explain",
+    "pack",
+    "prepare",
+    "qdq",
+    "qdq_step_",
+    "qgemm",
+    "qgemm_grouped",
+    "quantize",
+    "quantize_act",
+    "restore",
+    "search",
+]

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backends: every module in this folder is one. ``reference`` serves any device torch knows."""
+
+import importlib
+import pkgutil
+from functools import cache
+from typing import cast
+
+from hal.layout import LAYOUTS, Layout
+from hal.registry import Backend, Kernel
+
+REFERENCE = "reference"
+
+
+@cache
+def backends() -> tuple[Backend, ...]:
+    """All backends, the reference last."""
+    names = sorted(
+        (m.name for m in pkgutil.iter_modules(__path__)), key=lambda n: (n == REFERENCE, n)
+    )
+    return tuple(cast(Backend, importlib.import_module(f"{__name__}.{name}")) for name in names)
+
+
+@cache
+def kernels(kind: str) -> tuple[Kernel, ...]:
+    """Rows that may serve a device of this kind, best first; the reference rows close the list."""
+    usable = [b for b in backends() if b.KIND in (kind, "") and b.probe() is None]
+    return tuple(row for b in usable for row in b.KERNELS)
+
+
+@cache
+def native_layout(name: str) -> Layout:
+    """A layout by name, file layouts and the backends' native ones alike."""
+    native = {row.name: row for b in backends() for row in b.LAYOUTS}
+    return {**LAYOUTS, **native}[name]

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices as facts. With `hal.backends`, the only place that knows devices by name."""
+
+import os
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from hal.backends import REFERENCE, backends
+from hal.registry import Caps
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One usable device: where tensors go, its facts, the backends that serve it, best first."""
+
+    torch: torch.device
+    caps: Caps
+    served_by: tuple[str, ...]
+
+
+@cache
+def caps(device: torch.device) -> Caps:
+    """Facts about a device. A device without a backend of its own is served by the reference."""
+    for backend in backends():
+        if device.type == backend.KIND and backend.probe() is None:
+            return backend.caps(device.index or 0)
+    return Caps(device.type, device.type, "", frozenset(), os.cpu_count() or 1, _host_memory())
+
+
+def devices() -> list[Device]:
+    """Every device of this machine, the accelerator (if torch has one) first."""
+    found = [torch.device("cpu")]
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator()
+        assert kind is not None
+        found[:0] = [torch.device(kind.type, i) for i in range(torch.accelerator.device_count())]
+    usable = [b for b in backends() if b.probe() is None]
+    return [
+        Device(d, caps(d), tuple(b.KIND or REFERENCE for b in usable if b.KIND in (d.type, "")))
+        for d in found
+    ]
+
+
+def unavailable() -> list[tuple[str, str]]:
+    """Backends that cannot be used here, with the reason."""
+    return [(b.KIND, reason) for b in backends() if (reason := b.probe()) is not None]
+
+
+def resolve(device_map: str | int | None) -> torch.device:
+    """The device the user named: ``auto``/None = first of `devices`, an index, or a torch name.
+
+    Raises ValueError naming what exists here.
+    """
+    known = devices()
+    if device_map in (None, "auto"):
+        return known[0].torch
+    text = str(device_map)
+    accelerators = [d.torch for d in known if d.torch.index is not None]
+    if text.isdigit() and (int(text) < len(accelerators) or (not accelerators and text == "0")):
+        return accelerators[int(text)] if accelerators else known[0].torch
+    for d in known:
+        if text in (str(d.torch), d.torch.type):
+            return d.torch
+    names = ", ".join(str(d.torch) for d in known)
+    raise ValueError(f"device {text!r} is not on this machine; choose auto or one of: {names}")
+
+
+def _host_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""File layouts: how codes, scales and zero points lie in memory. Bit permutations, nothing else.
+
+Every packed integer layout but AWQ is one primitive: 32 consecutive values become ``bits`` 32-bit
+words, least significant bit first, values may straddle words (formats.md 0.4).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hal.spec import Spec
+
+Parts = dict[str, Tensor]
+Unpack = Callable[[Parts, Spec, tuple[int, int]], Parts]
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def pack_stream(values: Tensor, bits: int) -> Tensor:
+    """``values [R, C]`` u8 -> ``[R, C * bits / 32]`` i32; C must be a multiple of 32."""
+    rows, cols = values.shape
+    groups = values.view(rows, cols // 32, 32).to(torch.int64)
+    words = torch.zeros(rows, cols // 32, bits, dtype=torch.int64, device=values.device)
+    for i in range(32):
+        word, shift = divmod(i * bits, 32)
+        words[..., word] |= groups[..., i] << shift & 0xFFFFFFFF
+        if shift + bits > 32:
+            words[..., word + 1] |= groups[..., i] >> (32 - shift)
+    return _as_i32(words.view(rows, -1))
+
+
+def unpack_stream(words: Tensor, bits: int) -> Tensor:
+    """Inverse of `pack_stream`: ``[R, W]`` i32 -> ``[R, W * 32 / bits]`` u8."""
+    rows = words.shape[0]
+    groups = words.view(rows, -1, bits).to(torch.int64) & 0xFFFFFFFF
+    values = torch.empty(rows, groups.shape[1], 32, dtype=torch.int64, device=words.device)
+    for i in range(32):
+        word, shift = divmod(i * bits, 32)
+        value = groups[..., word] >> shift
+        if shift + bits > 32:
+            value = value | groups[..., word + 1] << (32 - shift)
+        values[..., i] = value & ((1 << bits) - 1)
+    return values.view(rows, -1).to(torch.uint8)
+
+
+def pack_awq(values: Tensor) -> Tensor:
+    """``values [R, C]`` u8 of 4 bits -> ``[R, C / 8]`` i32 in AWQ's nibble order."""
+    groups = values.view(values.shape[0], -1, 8).to(torch.int64)
+    words = sum(groups[..., column] << 4 * i for i, column in enumerate(AWQ_ORDER))
+    assert isinstance(words, Tensor)
+    return _as_i32(words)
+
+
+def unpack_awq(words: Tensor) -> Tensor:
+    """Inverse of `pack_awq`."""
+    bits = words.to(torch.int64)
+    values = torch.empty(*words.shape, 8, dtype=torch.uint8, device=words.device)
+    for i, column in enumerate(AWQ_ORDER):
+        values[..., column] = (bits >> 4 * i & 15).to(torch.uint8)
+    return values.flatten(1)
+
+
+def _as_i32(words: Tensor) -> Tensor:
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+
+
+def _t(x: Tensor) -> Tensor:
+    return x.t().contiguous()
+
+
+def _zero_levels(parts: Parts, spec: Spec) -> Tensor:
+    """Zero level of every group, ``[N, G]`` u8, also for symmetric codes."""
+    return (
+        parts["zero"]
+        if "zero" in parts
+        else torch.full_like(parts["scale"], spec.half, dtype=torch.uint8)
+    )
+
+
+def _plain(codes: Tensor, scale: Tensor, zero: Tensor, spec: Spec) -> Parts:
+    parts = {"codes": codes, "scale": scale}
+    return parts if spec.symmetric else {**parts, "zero": zero}
+
+
+def _pack_gptq(offset: int) -> Callable[[Parts, Spec], Parts]:
+    def pack(parts: Parts, spec: Spec) -> Parts:
+        field = (_zero_levels(parts, spec).to(torch.int16) - offset).clamp(0).to(torch.uint8)
+        return {
+            "qweight": _t(pack_stream(parts["codes"], spec.bits)),
+            "qzeros": pack_stream(_t(field), spec.bits),
+            "scales": _t(parts["scale"]),
+        }
+
+    return pack
+
+
+def _unpack_gptq(offset: int) -> Unpack:
+    def unpack(parts: Parts, spec: Spec, shape: tuple[int, int]) -> Parts:
+        codes = unpack_stream(_t(parts["qweight"]), spec.bits)
+        zero = _t(unpack_stream(parts["qzeros"], spec.bits)) + offset
+        return _plain(codes, _t(parts["scales"]), zero, spec)
+
+    return unpack
+
+
+def _pack_awq(parts: Parts, spec: Spec) -> Parts:
+    return {
+        "qweight": pack_awq(_t(parts["codes"])),
+        "qzeros": pack_awq(_t(_zero_levels(parts, spec))),
+        "scales": _t(parts["scale"]),
+    }
+
+
+def _unpack_awq(parts: Parts, spec: Spec, shape: tuple[int, int]) -> Parts:
+    codes, zero = _t(unpack_awq(parts["qweight"])), _t(unpack_awq(parts["qzeros"]))
+    return _plain(codes, _t(parts["scales"]), zero, spec)
+
+
+def _fits_stream(spec: Spec, n: int, k: int) -> str | None:
+    if n % 32 or k % 32:
+        return f"[{n}, {k}] is not a multiple of 32 in both directions"
+    return None
+
+
+def _fits_gptq_minus_one(spec: Spec, n: int, k: int) -> str | None:
+    if not spec.symmetric:
+        return "a zero level of 0 cannot be stored as zero - 1; use gptq_raw or awq"
+    return _fits_stream(spec, n, k)
+
+
+def _fits_awq(spec: Spec, n: int, k: int) -> str | None:
+    if spec.bits != 4:
+        return f"awq holds 4 bits, not {spec.bits}"
+    if n % 8 or k % spec.width(k):
+        return f"[{n}, {k}]: awq needs N % 8 == 0 and K a multiple of the group {spec.group}"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One way of storing plain parts, as pure functions that are each other's inverse.
+
+    ``fits(spec, N, K)`` answers None or the reason it cannot hold them; ``pack(plain, spec)``;
+    ``unpack(parts, spec, (N, K))``. Native layouts of a backend are rows of the same kind.
+    """
+
+    name: str
+    fits: Callable[[Spec, int, int], str | None]
+    pack: Callable[[Parts, Spec], Parts]
+    unpack: Unpack
+
+
+LAYOUTS: dict[str, Layout] = {
+    row.name: row
+    for row in (
+        Layout("plain", lambda spec, n, k: None, lambda p, spec: p, lambda p, spec, shape: p),
+        # int32 [K * b / 32, N], zeros stored minus one (GPTQ v1)
+        Layout("gptq", _fits_gptq_minus_one, _pack_gptq(1), _unpack_gptq(1)),
+        # the same with zeros stored as they are (GPTQ v2, auto_round)
+        Layout("gptq_raw", _fits_stream, _pack_gptq(0), _unpack_gptq(0)),
+        # int32 [K, N / 8], nibble order 0 2 4 6 1 3 5 7
+        Layout("awq", _fits_awq, _pack_awq, _unpack_awq),
+    )
+}

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ten verbs. Shapes, dtypes and devices are checked here, once; kernels below trust them.
+
+N output rows, K input columns, G = groups of a row. Float = f32, bf16 or f16. All tensors of a call
+live on one device. Mistakes of the caller raise ValueError; cases no kernel serves, Unsupported.
+"""
+
+import torch
+from torch import Tensor
+
+from hal import device as devices
+from hal.backends import native_layout
+from hal.layout import LAYOUTS
+from hal.plan import Weight, plan
+from hal.qtensor import Params, QTensor
+from hal.registry import Case, Kernel, Unsupported, bucket, select
+from hal.spec import Act, Spec
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def search(w: Tensor, spec: Spec, *, importance: Tensor | None = None, grid: int = 0) -> Params:
+    """Initial parameters of ``w [N, K]`` Float: range per group, multipliers 1, no offset.
+
+    ``grid`` 0 takes the min-max range; otherwise that many multiples of it are tried and the one
+    with the least ``importance``-weighted squared error kept (``[K]`` f32, None = equal).
+    """
+    _check_matrix(w, "w")
+    if importance is not None and (
+        importance.shape != w.shape[1:] or importance.dtype != torch.float32
+    ):
+        raise ValueError(f"importance must be f32 [{w.shape[1]}], not {_describe(importance)}")
+    shape = (w.shape[0], spec.groups(w.shape[1]))
+    amin, amax, lo, hi = (
+        torch.empty(shape, dtype=torch.float32, device=w.device) for _ in range(4)
+    )
+    _kernel("search", spec, w).fn(w, spec, importance, grid, amin, amax)
+    return Params(None, lo.fill_(1), hi.fill_(1), amin, amax)
+
+
+def qdq(w: Tensor, p: Params, spec: Spec, *, out: Tensor | None = None) -> Tensor:
+    """Fake-quantized ``w [N, K]`` Float, same dtype; no autograd. ``out`` may be reused."""
+    _check_matrix(w, "w")
+    _check_params(p, w, spec)
+    out = torch.empty_like(w) if out is None else _check_like(out, w, "out")
+    _kernel("qdq", spec, w).fn(w, p, spec, out)
+    return out
+
+
+def qdq_step_(
+    p: Params, w: Tensor, grad: Tensor, spec: Spec, *, lr_v: float, lr_range: float
+) -> None:
+    """One signed gradient step in place on ``p.v``, ``p.lo``, ``p.hi`` (clamped to [0, 1]).
+
+    ``grad [N, K]`` Float is dL/d qdq(w). ``lr_range`` 0 leaves the range alone.
+    """
+    _check_matrix(w, "w")
+    _check_params(p, w, spec)
+    _check_matrix(grad, "grad")
+    if grad.shape != w.shape or grad.device != w.device:
+        raise ValueError(f"grad must match w {_describe(w)}, not {_describe(grad)}")
+    _kernel("qdq_step", spec, w).fn(p, w, grad, spec, lr_v, lr_range)
+
+
+def quantize(w: Tensor, p: Params, spec: Spec) -> QTensor:
+    """Codes, scales and zero levels of ``w [N, K]`` Float in layout plain."""
+    _check_matrix(w, "w")
+    _check_params(p, w, spec)
+    n, k = w.shape
+    groups = (n, spec.groups(k))
+    parts = {
+        "codes": torch.empty(n, k, dtype=torch.uint8, device=w.device),
+        "scale": torch.empty(groups, dtype=spec.scale_dtype, device=w.device),
+    }
+    if not spec.symmetric:
+        parts["zero"] = torch.empty(groups, dtype=torch.uint8, device=w.device)
+    _kernel("quantize", spec, w).fn(w, p, spec, parts)
+    return QTensor(spec, (n, k), "plain", parts)
+
+
+def dequantize(q: QTensor, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """``[N, K]`` weight of any layout: scale * (level - zero) in f32, then rounded to ``dtype``."""
+    q = pack(q, "plain")
+    out = torch.empty(q.shape, dtype=dtype, device=q.device)
+    _kernel("dequantize", q.spec, out).fn(q.parts, q.spec, out)
+    return out
+
+
+def pack(q: QTensor, layout: str) -> QTensor:
+    """The same numbers in another file layout: exact, or Unsupported when it cannot hold them."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
+    if reason := LAYOUTS[layout].fits(q.spec, *q.shape):
+        raise Unsupported(f"layout {layout} cannot hold {q.spec}: {reason}")
+    if q.layout == layout:
+        return q
+    if q.layout != "plain":
+        q = q.with_parts("plain", _repack("unpack", q, q.layout))
+    return q if layout == "plain" else q.with_parts(layout, _repack("pack", q, layout))
+
+
+def _repack(op: str, q: QTensor, layout: str) -> dict[str, Tensor]:
+    case = Case(op, q.spec, torch.uint8, *q.shape, devices.caps(q.device), layout=layout)
+    parts: dict[str, Tensor] = select(case).fn(q.parts, q.spec, q.shape, layout)
+    return parts
+
+
+def quantize_act(x: Tensor, act: Act, *, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``x [M, K]`` Float -> codes s8 [M, K], scale f32 [M, G] (computed unless given)."""
+    _check_matrix(x, "x")
+    spec = Spec(act.elem, act.group, "f32")
+    codes_scale: tuple[Tensor, Tensor] = _kernel("quantize_act", spec, x).fn(x, act.group, scale)
+    return codes_scale
+
+
+def prepare(q: QTensor, *, dtype: torch.dtype, device: torch.device | None = None) -> Weight:
+    """Make ``q`` ready to multiply ``dtype`` activations on ``device``: native layout, kernels."""
+    if dtype not in FLOATS:
+        raise ValueError(f"activations of {dtype} are not supported; use one of {FLOATS}")
+    target = q.device if device is None else device
+    plain = pack(q, "plain")
+    rows = plan(plain, dtype, target)
+    name = rows[0][1].layout
+    moved = {part: t.to(target) for part, t in plain.parts.items()}
+    native = native_layout(name).pack(moved, q.spec)
+    return Weight(q.spec, q.shape, q.experts, dtype, name, native, rows)
+
+
+def restore(w: Weight) -> QTensor:
+    """Inverse of `prepare`: the plain codes, scales and zero levels, bit for bit."""
+    layout = native_layout(w.layout)
+    return QTensor(w.spec, w.shape, "plain", layout.unpack(w.parts, w.spec, w.shape), w.experts)
+
+
+def qgemm(x: Tensor, w: Weight, bias: Tensor | None = None) -> Tensor:
+    """``x [..., K] @ w.T + bias -> [..., N]`` in the dtype of ``x``; accumulates in f32."""
+    n, k = w.shape
+    if x.dtype != w.dtype or x.shape[-1] != k or x.device != w.device:
+        raise ValueError(f"x must be {w.dtype} [..., {k}] on {w.device}, not {_describe(x)}")
+    flat = x.reshape(-1, k)
+    out = torch.empty(flat.shape[0], n, dtype=x.dtype, device=x.device)
+    if out.numel():
+        w.kernel(flat.shape[0]).fn(flat.contiguous(), w, bias, out)
+    return out.view(*x.shape[:-1], n)
+
+
+def qgemm_grouped(x: Tensor, w: Weight, offsets: Tensor) -> Tensor:
+    """Rows of ``x [T, K]`` sorted by expert times that expert's weight -> ``[T, N]``.
+
+    ``offsets [E + 1]`` i32: expert e owns rows ``offsets[e] : offsets[e + 1]``.
+    """
+    n, k = w.shape[0] // w.experts, w.shape[1]
+    if x.dtype != w.dtype or x.ndim != 2 or x.shape[1] != k or x.device != w.device:
+        raise ValueError(f"x must be {w.dtype} [T, {k}] on {w.device}, not {_describe(x)}")
+    if offsets.shape != (w.experts + 1,):
+        raise ValueError(f"offsets must be [{w.experts + 1}], not {_describe(offsets)}")
+    out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
+    if out.numel():
+        w.kernel(x.shape[0]).fn(x.contiguous(), w, offsets, out)
+    return out
+
+
+def _kernel(op: str, spec: Spec, w: Tensor) -> Kernel:
+    n, k = w.shape
+    return select(
+        Case(
+            op,
+            spec,
+            w.dtype,
+            n,
+            k,
+            devices.caps(w.device),
+            m=bucket(n) if op == "quantize_act" else 0,
+        )
+    )
+
+
+def _describe(t: Tensor) -> str:
+    return f"{t.dtype} {list(t.shape)} on {t.device}"
+
+
+def _check_matrix(w: Tensor, name: str) -> None:
+    if w.ndim != 2 or w.dtype not in FLOATS or not w.is_contiguous():
+        raise ValueError(f"{name} must be a contiguous f32, bf16 or f16 matrix, not {_describe(w)}")
+
+
+def _check_like(out: Tensor, w: Tensor, name: str) -> Tensor:
+    if (
+        out.shape != w.shape
+        or out.dtype != w.dtype
+        or out.device != w.device
+        or not out.is_contiguous()
+    ):
+        raise ValueError(f"{name} must match {_describe(w)}, not {_describe(out)}")
+    return out
+
+
+def _check_params(p: Params, w: Tensor, spec: Spec) -> None:
+    groups = (w.shape[0], spec.groups(w.shape[1]))
+    for name in ("lo", "hi", "amin", "amax"):
+        t: Tensor = getattr(p, name)
+        if t.shape != groups or t.dtype != torch.float32 or not t.is_contiguous():
+            raise ValueError(f"{name} must be contiguous f32 {list(groups)}, not {_describe(t)}")
+    if p.v is not None and (p.v.shape != w.shape or p.v.dtype != torch.float32):
+        raise ValueError(f"v must be f32 {list(w.shape)}, not {_describe(p.v)}")

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`prepare`: choose the kernels once, lay the weight out for them once, then only multiply."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hal import device as devices
+from hal.qtensor import QTensor
+from hal.registry import Case, Kernel, select
+from hal.spec import Spec
+
+#: M buckets asked at prepare; the kernel of a bucket serves all M up to it, the last one any M.
+PLANNED = (8, 64, 512)
+
+
+@dataclass(slots=True)
+class Weight:
+    """A weight ready for one device: native layout, opaque to everyone but its kernels.
+
+    ``kernels``: (largest M, row) in rising order. ``parts``: the native tensors, kept alive here.
+    """
+
+    spec: Spec
+    shape: tuple[int, int]
+    experts: int
+    dtype: torch.dtype
+    layout: str
+    parts: dict[str, Tensor]
+    kernels: tuple[tuple[int, Kernel], ...]
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.parts.values())).device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.parts.values())
+
+    def kernel(self, m: int) -> Kernel:
+        """The row that multiplies ``m`` rows of activations."""
+        for limit, row in self.kernels:
+            if m <= limit:
+                return row
+        return self.kernels[-1][1]
+
+
+def plan(q: QTensor, dtype: torch.dtype, target: torch.device) -> tuple[tuple[int, Kernel], ...]:
+    """Kernels for every planned M, all reading the layout that the first answer reads."""
+    op = "qgemm_grouped" if q.experts > 1 else "qgemm"
+    rows: list[tuple[int, Kernel]] = []
+    for m in PLANNED:
+        case = Case(op, q.spec, dtype, *q.shape, devices.caps(target), m=m, experts=q.experts)
+        row = select(case)
+        rows.append((m, row if not rows or row.layout == rows[0][1].layout else rows[0][1]))
+    return tuple(rows)

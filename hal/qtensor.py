@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The values that travel between the verbs: quantized matrices and tunable parameters."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hal.spec import Spec
+
+
+@dataclass(slots=True)
+class QTensor:
+    """A quantized ``[N, K]`` matrix in a named layout.
+
+    Layout ``plain``: ``codes`` u8 [N, K] (unsigned levels), ``scale`` [N, G] in the spec's scale
+    dtype, ``zero`` u8 [N, G] when asymmetric. Other layouts name their own parts (``hal.layout``).
+    ``experts``: E matrices stacked along N, so N = E * rows.
+    """
+
+    spec: Spec
+    shape: tuple[int, int]
+    layout: str
+    parts: dict[str, Tensor]
+    experts: int = 1
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.parts.values())).device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.parts.values())
+
+    def with_parts(self, layout: str, parts: dict[str, Tensor]) -> "QTensor":
+        return replace(self, layout=layout, parts=parts)
+
+    def rows(self, start: int, stop: int) -> "QTensor":
+        """Rows ``start:stop`` of a plain tensor, sharing memory."""
+        if self.layout != "plain":
+            raise ValueError(f"rows() needs layout plain, not {self.layout}; call hal.pack first")
+        parts = {name: t[start:stop] for name, t in self.parts.items()}
+        return QTensor(self.spec, (stop - start, self.shape[1]), "plain", parts)
+
+
+@dataclass(slots=True)
+class Params:
+    """What tuning may move, on the weight's device, all f32.
+
+    ``v`` [N, K] rounding offset (None = zero), ``lo``/``hi`` [N, G] range multipliers in [0, 1],
+    ``amin``/``amax`` [N, G] the frozen initial range, amin <= 0 <= amax.
+    """
+
+    v: Tensor | None
+    lo: Tensor
+    hi: Tensor
+    amin: Tensor
+    amax: Tensor

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernel serves which question: ordered rows, each able to say why it cannot."""
+
+import fnmatch
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+
+from hal import config
+from hal.layout import Layout
+from hal.spec import Act, Spec
+
+
+@dataclass(frozen=True, slots=True)
+class Caps:
+    """A device, as facts: nothing else asks the vendor anything."""
+
+    kind: str
+    name: str
+    arch: str
+    features: frozenset[str]
+    units: int
+    memory: int
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A question put to kernels. Holds no tensors, so it can be printed and tested.
+
+    ``m`` is a bucket (`bucket`), 0 for verbs without activations. ``layout`` is the file layout for
+    pack and unpack.
+    """
+
+    op: str
+    spec: Spec
+    dtype: torch.dtype
+    n: int
+    k: int
+    caps: Caps
+    m: int = 0
+    act: Act | None = None
+    experts: int = 1
+    layout: str = "plain"
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One row of a backend's table; position is priority.
+
+    ``name`` is ``<backend>.<op>[_<variant>]``. ``when`` answers None (it can) or why it cannot.
+    ``layout`` is the native layout a qgemm reads.
+    """
+
+    name: str
+    op: str
+    fn: Callable[..., Any]
+    when: Callable[[Case], str | None] = lambda case: None
+    layout: str = "plain"
+
+
+class Backend(Protocol):
+    """One file in ``hal/backends``: its kernels, best first, and the facts about its devices."""
+
+    KIND: str
+    KERNELS: tuple[Kernel, ...]
+    LAYOUTS: tuple[Layout, ...]
+
+    def probe(self) -> str | None:
+        """None when usable on this machine, else the reason in words."""
+
+    def caps(self, index: int) -> Caps: ...
+
+
+class Unsupported(RuntimeError):
+    """No kernel can serve a case; the message lists every row and its reason."""
+
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+def bucket(m: int) -> int:
+    """Smallest bucket holding ``m`` rows; 512 stands for all larger sizes."""
+    return next((b for b in BUCKETS if m <= b), BUCKETS[-1])
+
+
+def explain(case: Case) -> list[tuple[Kernel, str | None]]:
+    """Every row asked for ``case.op``, in priority order, with its reason (None = it can)."""
+    from hal.backends import kernels
+
+    rows = [row for row in kernels(case.caps.kind) if row.op == case.op]
+    return [(row, _switched_off(row) or row.when(case)) for row in rows]
+
+
+def select(case: Case) -> Kernel:
+    """First row that can serve the case. Raises Unsupported with the whole argument if none can."""
+    return _select(case, config.backend(), config.kernel(), config.isa())
+
+
+@cache
+def _select(case: Case, backend: str, kernel: str, isa: str) -> Kernel:
+    rows = explain(case)
+    for row, reason in rows:
+        if reason is None:
+            return row
+    table = "\n".join(f"  {row.name}: {reason}" for row, reason in rows)
+    raise Unsupported(f"no kernel for {case}\n{table}")
+
+
+def _switched_off(row: Kernel) -> str | None:
+    backend, pattern = config.backend(), config.kernel()
+    name = row.name.split(".")[0]
+    if backend and name != backend:
+        return f"HAL_BACKEND={backend}"
+    if pattern and name != "reference" and not fnmatch.fnmatch(row.name, pattern):
+        return f"HAL_KERNEL={pattern}"
+    return None
