@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything private we use of transformers (5.16 <= version < 6), in one place."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import core_model_loading
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from autoround.errors import InputError
+
+_bar = Lock()
+
+
+@dataclass(slots=True)
+class Source:
+    """How one in-memory tensor is made: checkpoint keys grouped by the converter's patterns, and the recipe
+    ("copy", "rows", "experts", "experts_rows", or "other" where a row of it is not a row of a source)."""
+
+    recipe: str
+    groups: list[list[str]] = field(default_factory=list)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All checkpoint keys, group after group."""
+        return tuple(key for group in self.groups for key in group)
+
+
+def load_config(path: str, trust_remote_code: bool) -> Any:
+    """The transformers config object of a local directory."""
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            path, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (
+        Exception
+    ) as error:  # unknown model type, refused remote code, broken fields: all are the input's
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(
+            f"{path}: transformers {transformers.__version__} cannot read its config ({reason}); "
+            "update transformers, or pass trust_remote_code=True if you trust its code"
+        ) from error
+
+
+def skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """The model class named by the config with every parameter on meta and every buffer real, in eval mode."""
+    with torch.device("meta"):
+        model = _construct(config, dtype, trust_remote_code)
+    _restore_buffers(model)
+    model.eval().requires_grad_(False)
+    return model
+
+
+def _construct(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    names = getattr(config, "architectures", None) or []
+    native = getattr(transformers, names[0], None) if names else None
+    if native is not None and not (trust_remote_code and getattr(config, "auto_map", None)):
+        return native._from_config(config, dtype=dtype)
+    auto_map = getattr(config, "auto_map", None) or {}
+    causal = (
+        "AutoModelForCausalLM" in auto_map
+        or type(config) in transformers.AutoModelForCausalLM._model_mapping
+    )
+    auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+    try:
+        return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (ValueError, ImportError, KeyError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(
+            f"no model class for {names or config.model_type} ({reason}); update transformers"
+        ) from error
+
+
+def _restore_buffers(model: Any) -> None:
+    # The way from_pretrained itself does it: each model's _init_weights recomputes its own buffers.
+    for module in model.modules():
+        owned = [name for name, buffer in module._buffers.items() if buffer is not None]
+        module._is_hf_initialized = not owned
+        for name in owned:
+            old = module._buffers[name]
+            module._buffers[name] = torch.zeros(old.shape, dtype=old.dtype)
+    model.initialize_weights()
+
+
+def sources(model: Any, keys: Iterable[str]) -> tuple[dict[str, Source], list[str]]:
+    """In-memory tensor name -> its source, and the checkpoint keys that have no home in the model."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    state = model.state_dict()
+    found: dict[str, Source] = {}
+    unused: list[str] = []
+    for key in sorted(
+        keys, key=dot_natural_key
+    ):  # the loader's own order; some renamings depend on it
+        name, pattern = rename_source_key(
+            key, renamings, converters, model.base_model_prefix, state
+        )
+        if name not in state and key in state:
+            name, pattern = rename_source_key(key, [], [], model.base_model_prefix, state)
+        if name not in state:
+            unused.append(key)
+            continue
+        if pattern is None:
+            found.setdefault(name, Source("copy", [[]])).groups[0].append(key)
+            continue
+        converter = by_pattern[pattern]
+        first, *rest = converter.target_patterns
+        for target in (name, *(name.replace(first, other) for other in rest)):
+            source = found.setdefault(
+                target, Source(_recipe(converter), [[] for _ in converter.source_patterns])
+            )
+            source.groups[converter.source_patterns.index(pattern)].append(key)
+    return found, unused
+
+
+def _recipe(converter: WeightConverter) -> str:
+    if len(converter.target_patterns) != 1:
+        return "other"
+    match converter.operations:
+        case [Concatenate(dim=0)]:
+            return "rows"
+        case [MergeModulelist(dim=0)]:
+            return "experts"
+        case [MergeModulelist(dim=0), Concatenate(dim=1)]:
+            return "experts_rows"
+    return "other"
+
+
+def materialise(
+    model: Any, tensors: Mapping[str, Any], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Set the parameters and buffers that these checkpoint tensors (or slices) make up, in place.
+
+    Raises InputError for a shape that does not fit or a conversion that fails."""
+    config = LoadStateDictConfig(
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        weight_mapping=get_model_conversion_mapping(model),
+        device_map={"": device},
+    )
+    with _no_bar():
+        info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config, None)
+    for name, got, want in sorted(info.mismatched_keys):
+        raise InputError(
+            f"{name} has shape {tuple(got)} in the checkpoint, {tuple(want)} by its config; "
+            "the config.json belongs to another checkpoint: download it again"
+        )
+    for name, text in info.conversion_errors.items():
+        reason = " ".join(str(text).split())[-200:]
+        raise InputError(
+            f"{name} cannot be made from the checkpoint ({reason}); update transformers or download again"
+        )
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    # transformers draws its "Loading weights" bar unconditionally; one per block would drown our own.
+    with _bar:
+        kept = core_model_loading.tqdm
+        core_model_loading.tqdm = _plain
+        try:
+            yield
+        finally:
+            core_model_loading.tqdm = kept
+
+
+def _plain(items: Iterable[Any], desc: str = "") -> Iterable[Any]:
+    return items
+
+
+def tied(model: Any) -> dict[str, str]:
+    """Tied parameter -> the parameter transformers ties it to."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's Conv1D: a linear layer whose weight is stored [in, out]."""
+    return type(module) is transformers.pytorch_utils.Conv1D
+
+
+def to_meta(tensor: Tensor) -> nn.Parameter:
+    """A parameter of the same shape and dtype without data."""
+    return nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False)

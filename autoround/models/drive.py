@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paused forwards: the unmodified model runs once per input and stands still at every block.
+
+Each input's forward lives in its own thread, but only one thread runs at any moment (a thread is a
+coroutine here): the order of work, and so the result, is the same every time."""
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from autoround.models.samples import Call
+
+STACK = 1 << 23  # bytes; virtual until touched. Remote code can be deep, the default may be small
+
+
+class _Stop(BaseException):
+    """Thrown into a parked forward to end it; BaseException so that model code cannot swallow it."""
+
+
+@dataclass(slots=True, eq=False)
+class _Forward:
+    """One input's forward. `go` wakes it, `parked` says that it stands again (or ended)."""
+
+    inputs: Mapping[str, Any]
+    go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    parked: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    thread: threading.Thread | None = None
+    block: int | None = None  # where it waits
+    call: Call | None = None
+    reply: Any = None
+    stop: bool = False
+    result: Any = None
+    error: BaseException | None = None
+
+    def wait(self, block: int, call: Call) -> Any:
+        """In the forward's own thread: hand over a call, sleep until its output is there."""
+        self.block, self.call = block, call
+        self.parked.release()
+        self.go.acquire()
+        if self.stop:
+            raise _Stop
+        reply, self.reply = self.reply, None
+        return reply
+
+    def step(self) -> None:
+        """In the driving thread: let it run to its next block or its end; re-raise what it raised."""
+        self.block = self.call = None
+        self.go.release()
+        self.parked.acquire()
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+
+class PausedForwards:
+    """Drives `model` over several inputs, block by block.
+
+        with PausedForwards(model, blocks, inputs) as run:
+            for index, calls in run:                       # lowest waiting block first
+                outputs = {i: run.original(index)(*c.args, **c.kwargs) for i, c in calls.items()}
+                run.resume(outputs)
+        run.results[0]                                     # what the model returned for inputs[0]
+
+    An exception in a forward is raised here. Leaving early ends every forward. Forwards run under
+    no_grad and without a cache; blocks called by the caller run under the caller's own modes."""
+
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[nn.Module], inputs: Sequence[Mapping[str, Tensor]]
+    ) -> None:
+        self.model = model
+        self.results: dict[int, Any] = {}
+        self._blocks = tuple(blocks)
+        self._originals: tuple[Callable[..., Any], ...] = ()
+        self._shadowed: list[Any] = []
+        self._own = threading.local()
+        self._forwards = [_Forward(given) for given in inputs]
+        takes = inspect.signature(model.forward).parameters
+        self._options: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
+
+    def __enter__(self) -> Self:
+        self._originals = tuple(block.forward for block in self._blocks)
+        self._shadowed = [block.__dict__.get("forward") for block in self._blocks]
+        for index, block in enumerate(self._blocks):
+            # An instance attribute shadows the method. Replacing the module would break ties and
+            # the model's own reads of block attributes.
+            block.__dict__["forward"] = self._gate(index)
+        try:
+            self._start()
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._end()
+
+    def __iter__(self) -> Iterator[tuple[int, dict[int, Call]]]:
+        while waiting := {f.block for f in self._forwards if f.block is not None}:
+            index = min(waiting)
+            calls = {
+                i: f.call
+                for i, f in enumerate(self._forwards)
+                if f.block == index and f.call is not None
+            }
+            before = [self._forwards[i].call for i in calls]
+            yield index, calls
+            if any(self._forwards[i].call is call for i, call in zip(calls, before, strict=True)):
+                raise RuntimeError(
+                    f"block {index}: resume() must give every waiting input its output"
+                )
+
+    def resume(self, outputs: Mapping[int, Any]) -> None:
+        """Give inputs their block's output, in the container the block returns, and run each to its next stop."""
+        for i in sorted(outputs):
+            forward = self._forwards[i]
+            if forward.block is None:
+                raise RuntimeError(f"input {i} does not wait for an output")
+            forward.reply = outputs[i]
+            self._step(i)
+
+    def original(self, index: int) -> Callable[..., Any]:
+        """The unpatched forward of block `index`."""
+        return self._originals[index]
+
+    def _gate(self, index: int) -> Callable[..., Any]:
+        original = self._originals[index]
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            mine: _Forward | None = getattr(self._own, "forward", None)
+            # Not one of our threads: the caller runs the block itself, through block(...).
+            return (
+                original(*args, **kwargs) if mine is None else mine.wait(index, Call(args, kwargs))
+            )
+
+        return forward
+
+    def _start(self) -> None:
+        threads = torch.get_num_threads()
+        old = threading.stack_size(STACK)
+        try:
+            for i, forward in enumerate(self._forwards):
+                forward.thread = threading.Thread(
+                    target=self._run, args=(forward,), name=f"forward-{i}", daemon=True
+                )
+                forward.thread.start()
+                self._step(i)
+        finally:
+            threading.stack_size(old)
+            torch.set_num_threads(threads)
+
+    def _step(self, i: int) -> None:
+        forward = self._forwards[i]
+        forward.step()
+        if forward.block is None:
+            self.results[i] = forward.result
+            forward.result = None
+
+    def _run(self, forward: _Forward) -> None:
+        forward.go.acquire()
+        self._own.forward = forward
+        try:
+            if not forward.stop:
+                with torch.no_grad():  # grad mode is thread-local
+                    forward.result = self.model(**forward.inputs, **self._options)
+        except _Stop:
+            pass
+        except BaseException as error:
+            forward.error = error
+        finally:
+            forward.block = forward.call = None
+            forward.parked.release()
+
+    def _end(self) -> None:
+        for forward in self._forwards:
+            if forward.thread is not None and forward.thread.is_alive():
+                forward.stop = True
+                forward.go.release()
+                forward.thread.join()
+            forward.call = forward.reply = None
+        for block, shadowed in zip(self._blocks, self._shadowed, strict=True):
+            block.__dict__.pop("forward", None)
+            if shadowed is not None:
+                block.__dict__["forward"] = shadowed

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model whose parameters come and go: skeleton on meta, blocks materialised from the checkpoint and dropped."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from autoround.errors import InputError
+from autoround.models import compat
+from autoround.models.blocks import BlockList, find_blocks
+from autoround.models.checkpoint import Checkpoint
+
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
+class StreamedModel:
+    """The checkpoint's model with all parameters on meta and buffers real.
+
+    model    the unmodified transformers module, in eval mode, nothing requires grad
+    blocks   its list of blocks
+    sources  in-memory tensor name -> the checkpoint keys it is made of
+    unused   checkpoint keys without a home in the model (MTP layers, old buffers): export copies them verbatim
+    ties     tied parameter -> the parameter that is read from the checkpoint in its stead
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+        device: torch.device | None = None,
+        blocks: str | None = None,
+    ) -> None:
+        self.checkpoint = checkpoint
+        config = compat.load_config(str(checkpoint.path), trust_remote_code)
+        self.dtype = dtype or _own_dtype(config, checkpoint)
+        self.device = device or torch.empty(0).device
+        self.model: Any = compat.skeleton(config, self.dtype, trust_remote_code)
+        self.blocks: BlockList = find_blocks(self.model, blocks)
+        self._homes, self.unused = compat.sources(self.model, checkpoint.entries)
+        self.sources = {name: home.keys for name, home in self._homes.items()}
+        self._targets = self.model.state_dict()
+        self._parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        self.ties = self._resolve_ties()
+        self._check()
+        for name, buffer in self.model.named_buffers():
+            self._slot(name)._buffers[_leaf(name)] = buffer.to(self.device)
+
+    def recipe(self, name: str) -> compat.Source | None:
+        """How an in-memory tensor is made, None where the checkpoint does not hold it (tied, or a computed buffer)."""
+        return self._homes.get(name)
+
+    def load(self, prefixes: Iterable[str]) -> None:
+        """Materialise every parameter and persistent buffer at or under the given names ("" = all).
+
+        Parameters whose tie partner lies elsewhere are read too and aliased; the partner stays on meta."""
+        wanted = [name for name in self._targets if _under(name, tuple(prefixes))]
+        owners = {name: self.ties.get(name, name) for name in wanted}
+        # A tied partner that is already here (the embedding, for a tied head) is shared, not read again.
+        missing = {
+            owner
+            for name, owner in owners.items()
+            if owner == name or self._slot_tensor(owner).is_meta
+        }
+        keys = dict.fromkeys(
+            key
+            for owner in self._targets
+            if owner in missing
+            for key in self.sources.get(owner, ())
+        )
+        with self.checkpoint.open(keys) as tensors:
+            compat.materialise(self.model, tensors, self.dtype, self.device)
+        for name, owner in owners.items():
+            if name != owner:
+                self._slot(name)._parameters[_leaf(name)] = self._slot_tensor(owner)
+        for owner in missing - set(wanted):
+            slot = self._slot(owner)
+            slot._parameters[_leaf(owner)] = compat.to_meta(slot._parameters[_leaf(owner)])
+        for name in wanted:
+            self._slot_tensor(name).requires_grad_(False)
+
+    def drop(self, module: nn.Module) -> None:
+        """Free every parameter of a module; buffers stay."""
+        for part in module.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None and not parameter.is_meta:
+                    part._parameters[name] = compat.to_meta(parameter)
+
+    def load_outside_blocks(self) -> None:
+        """Materialise embeddings, final norm, head and other towers; they stay for the model's life."""
+        self.load([name for name in self._targets if not self.blocks.owns(name)])
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Block `index` with its parameters, freed on leaving."""
+        module = self.blocks.modules[index]
+        try:
+            self.load([self.blocks.names[index]])
+            yield module
+        finally:
+            self.drop(module)
+
+    def resident_bytes(self) -> int:
+        """Bytes of all parameters that are materialised now, shared ones counted once."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.is_meta)
+
+    def _slot(self, name: str) -> nn.Module:
+        module: nn.Module = self.model.get_submodule(name.rpartition(".")[0])
+        return module
+
+    def _slot_tensor(self, name: str) -> Any:
+        return getattr(self._slot(name), _leaf(name))
+
+    def _resolve_ties(self) -> dict[str, str]:
+        """The same outcome as transformers' tie_weights, from names: whoever is in the checkpoint is read, the
+        others alias it; two that are both stored stay apart unless their bytes agree."""
+        groups: dict[str, list[str]] = {}
+        for target, source in compat.tied(self.model).items():
+            groups.setdefault(source, [source]).append(target)
+        ties: dict[str, str] = {}
+        for members in groups.values():
+            present = [name for name in members if name in self._homes]
+            if present:
+                owner = present[0]
+                ties.update(
+                    {
+                        m: owner
+                        for m in members
+                        if m != owner and (m not in present or self._same(m, owner))
+                    }
+                )
+        return ties
+
+    def _same(self, a: str, b: str) -> bool:
+        one, two = self.sources[a], self.sources[b]
+        if len(one) != 1 or len(two) != 1:
+            return False
+        found = self.checkpoint.tensors([*one, *two])
+        return torch.equal(found[one[0]], found[two[0]])
+
+    def _check(self) -> None:
+        """Before any work: every parameter has a source, and whole-tensor copies have the right shape."""
+        where = self.checkpoint.path
+        lost = [n for n in self._parameters if n not in self._homes and n not in self.ties]
+        if lost:
+            raise InputError(
+                f"{where} lacks {min(lost)} and {len(lost) - 1} more of {type(self.model).__name__}; "
+                "download it again, or correct `architectures` in config.json"
+            )
+        for name, home in self._homes.items():
+            if home.recipe != "copy":
+                continue
+            got, want = (
+                self.checkpoint.entries[home.keys[0]].shape,
+                tuple(self._targets[name].shape),
+            )
+            if len(home.keys) > 1:
+                raise InputError(
+                    f"{where}: {' and '.join(home.keys)} both claim {name}; download it again"
+                )
+            if got != want:
+                raise InputError(
+                    f"{where}: {home.keys[0]} has shape {got}, config.json asks for {want}; "
+                    "the two do not belong together: download it again"
+                )
+
+
+def _own_dtype(config: Any, checkpoint: Checkpoint) -> torch.dtype:
+    named = getattr(config, "dtype", None)
+    if isinstance(named, torch.dtype):
+        return named
+    return next(
+        (DTYPES[e.dtype] for e in checkpoint.entries.values() if e.dtype in DTYPES), torch.float32
+    )
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _under(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(not p or name == p or name.startswith(p + ".") for p in prefixes)

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block calls of many samples: equal tensors stored once, compatible samples batched along dim 0."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# A dict may be state that blocks write into for later blocks (gemma3n shared_kv_states); a merged copy would
+# lose the writes. These are the dicts known to be read only.
+READ_ONLY_DICTS = frozenset({"position_embeddings"})
+
+
+@dataclass(slots=True)
+class Call:
+    """How the model called a block, for one sample (or one batch of them)."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def hidden(self) -> Tensor:
+        """The hidden state: the first positional, else `hidden_states`."""
+        hidden: Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
+        return hidden
+
+    def with_hidden(self, hidden: Tensor) -> "Call":
+        """The same call with another hidden state."""
+        if self.args:
+            return Call((hidden, *self.args[1:]), self.kwargs)
+        return Call(self.args, {**self.kwargs, "hidden_states": hidden})
+
+    def rest(self) -> dict[str, Any]:
+        """Everything but the hidden state, positionals under their number."""
+        named: dict[str, Any] = {str(i): value for i, value in enumerate(self.args) if i}
+        return named | {k: v for k, v in self.kwargs.items() if self.args or k != "hidden_states"}
+
+
+class Samples:
+    """The calls of one block for many samples. Tensors equal to the first sample's are stored once."""
+
+    def __init__(self, calls: Mapping[int, Call]) -> None:
+        self._calls: dict[int, Call] = {}
+        self._keys: dict[int, Any] = {}
+        first: dict[str, Any] | None = None
+        for index, call in calls.items():
+            first = first if first is not None else call.rest()
+            shared = {name: _share(value, first.get(name)) for name, value in call.rest().items()}
+            args = (*call.args[:1], *(shared[str(i)] for i in range(1, len(call.args))))
+            kwargs = {name: shared.get(name, value) for name, value in call.kwargs.items()}
+            self._calls[index] = Call(args, kwargs)
+            self._keys[index] = _signature(self._calls[index], index)
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """The sample numbers, as given."""
+        return tuple(self._calls)
+
+    def call(self, index: int) -> Call:
+        """One sample's own call."""
+        return self._calls[index]
+
+    def hidden(self, index: int) -> Tensor:
+        """One sample's hidden state, usually [1, S, H]."""
+        return self._calls[index].hidden
+
+    def set_hidden(self, index: int, hidden: Tensor) -> None:
+        """Replace one sample's hidden state; its shape and dtype must stay."""
+        self._calls[index] = self._calls[index].with_hidden(hidden)
+
+    def batches(self, indices: Iterable[int], size: int) -> list[tuple[int, ...]]:
+        """Groups of at most `size` samples that can be gathered, each in the order given, by first member."""
+        open_groups: dict[Any, list[int]] = {}
+        done: list[list[int]] = []
+        for index in indices:
+            group = open_groups.setdefault(self._keys[index], [])
+            if not group:
+                done.append(group)
+            group.append(index)
+            if len(group) >= size:
+                del open_groups[self._keys[index]]
+        return [tuple(group) for group in done]
+
+    def gather(self, indices: Sequence[int]) -> Call:
+        """One call for several samples: hidden states concatenated along dim 0, other tensors shared where all are
+        equal and broadcast, else concatenated. Raises ValueError for samples of different groups."""
+        calls = [self._calls[index] for index in indices]
+        if len(calls) == 1:
+            return calls[0]
+        if len({self._keys[index] for index in indices}) != 1:
+            raise ValueError(
+                f"samples {list(indices)} cannot be batched; group them with batches()"
+            )
+        rests = [call.rest() for call in calls]
+        merged = {name: _merge([rest[name] for rest in rests]) for name in rests[0]}
+        hidden = torch.cat([call.hidden for call in calls])
+        if calls[0].args:
+            args = (hidden, *(merged.pop(str(i)) for i in range(1, len(calls[0].args))))
+            return Call(args, merged)
+        return Call((), {"hidden_states": hidden, **merged})
+
+
+def split(output: Any, n: int) -> list[Any]:
+    """Undo `gather` on a block's output: n outputs of the same container type; what has no batch is shared."""
+    if n == 1:
+        return [output]
+    return [_rebuild(output, i, n) for i in range(n)]
+
+
+def _rebuild(value: Any, i: int, n: int) -> Any:
+    """Row i of every tensor with n rows, in containers of the same type."""
+    if isinstance(value, Tensor):
+        # Not a view: a row must not keep the whole batch alive.
+        return value[i : i + 1].clone() if value.ndim > 1 and value.shape[0] == n else value
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_rebuild(item, i, n) for item in value))
+    if isinstance(value, tuple | list):
+        return type(value)(_rebuild(item, i, n) for item in value)
+    if isinstance(value, Mapping):
+        made: Any = type(value)
+        return made({key: _rebuild(item, i, n) for key, item in value.items()})
+    return value
+
+
+def _share(value: Any, first: Any) -> Any:
+    """`value` with every tensor that equals its counterpart in `first` replaced by that one."""
+    if isinstance(value, Tensor):
+        same = (
+            isinstance(first, Tensor) and value.shape == first.shape and value.dtype == first.dtype
+        )
+        return first if same and (value is first or torch.equal(value, first)) else value
+    if type(value) in (tuple, list) and type(first) is type(value) and len(first) == len(value):
+        return type(value)(_share(v, f) for v, f in zip(value, first, strict=True))
+    return value  # dicts keep their identity: a block may write into them
+
+
+class _Alone(Exception):
+    """This sample cannot share a batch."""
+
+
+def _signature(call: Call, index: int) -> Any:
+    """Hashable; equal exactly for samples that can be gathered together."""
+    hidden = call.hidden
+    if (
+        hidden.ndim != 3 or hidden.shape[0] != 1
+    ):  # an altup stack's or a packed row's dim 0 is no batch
+        return ("alone", index)
+    try:
+        rest = tuple((name, _leaves(name, value)) for name, value in call.rest().items())
+    except _Alone:
+        return ("alone", index)
+    return (len(call.args), tuple(hidden.shape), hidden.dtype, rest)
+
+
+def _leaves(name: str, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        if (
+            value.ndim > 1 and value.shape[0] != 1
+        ):  # alibi [heads, 1, S], mrope [3, 1, S]: batch unknown
+            raise _Alone
+        # One dimension has no room for a batch: only the very same tensor can be shared.
+        return (tuple(value.shape), value.dtype, id(value) if value.ndim < 2 else None)
+    if type(value) in (tuple, list):
+        return tuple(_leaves(name, item) for item in value)
+    if isinstance(value, dict) and name in READ_ONLY_DICTS:
+        return tuple((key, _leaves(name, item)) for key, item in value.items())
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise _Alone
+
+
+def _merge(values: list[Any]) -> Any:
+    first = values[0]
+    if all(value is first for value in values):
+        return first
+    if isinstance(first, Tensor):
+        same = all(torch.equal(value, first) for value in values[1:])
+        return first if same else torch.cat(values)
+    if isinstance(first, tuple | list):
+        return type(first)(_merge(list(items)) for items in zip(*values, strict=True))
+    if isinstance(first, dict):
+        return {key: _merge([value[key] for value in values]) for key in first}
+    return first

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The 2-D face [N, K] of every weight a scheme may quantize, and its tie to the checkpoint's own tensors."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from autoround.errors import InputError
+from autoround.models import compat
+from autoround.models.loader import StreamedModel
+
+# Subclasses of nn.Linear that compute y = x W^T + b and nothing else. Routers subclass it too, hence a list.
+PLAIN_LINEARS = frozenset({"FalconLinear"})
+# Small or sensitive projections that every serving engine keeps in 16 bits.
+KEPT = re.compile(
+    r"(^|\.)(router|gate|shared_expert_gate|weights_proj|modality_router|correction_coefs|x_proj|dt_proj"
+    r"|in_proj_(a|b|ba))$"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One checkpoint tensor inside a view: the module it belongs to there (the name an exporter writes), its key,
+    its half-open row range of the view, and whether it is stored [K, N]."""
+
+    module: str
+    key: str
+    rows: tuple[int, int]
+    transposed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WeightView:
+    """A parameter seen as [N, K]; the experts of a fused [E, rows, K] stack lie below each other (N = E * rows)."""
+
+    param: str
+    shape: tuple[int, int]
+    experts: int
+    parts: tuple[Part, ...]
+    param_shape: tuple[int, ...]
+    transposed: bool = False  # the parameter is [K, N] (Conv1D)
+    tied: tuple[str, ...] = ()  # other parameters that are the same tensor
+
+    def matrix(self, p: Tensor) -> Tensor:
+        """Parameter in its own shape -> [N, K], a view of it."""
+        return p.t() if self.transposed else p.reshape(self.shape)
+
+    def restore(self, m: Tensor) -> Tensor:
+        """[N, K] -> the parameter's own shape, differentiable, a view of it."""
+        return m.t() if self.transposed else m.reshape(self.param_shape)
+
+
+def views(streamed: StreamedModel, block_name: str) -> list[WeightView]:
+    """All quantizable weights at or under a module, in model order. Needs no materialised weights."""
+    return _survey(streamed, block_name)[0]
+
+
+def skipped(streamed: StreamedModel, block_name: str) -> dict[str, str]:
+    """Parameters of two or more dimensions under a module that are never quantized -> why."""
+    return _survey(streamed, block_name)[1]
+
+
+def head_view(streamed: StreamedModel) -> WeightView | None:
+    """The output projection, or None where there is none or it is the embedding (tied)."""
+    getter = getattr(streamed.model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    if type(head) is not nn.Linear:
+        return None
+    name = (
+        next(name for name, module in streamed.model.named_modules() if module is head) + ".weight"
+    )
+    view = _view(streamed, name, head)
+    return view if isinstance(view, WeightView) and not view.tied else None
+
+
+def verify(view: WeightView, streamed: StreamedModel) -> None:
+    """Compare a materialised parameter with the raw checkpoint, bit for bit, row range by row range.
+
+    Raises InputError at a difference: what would be exported under a name is not what the file holds there."""
+    p = streamed.model.get_parameter(view.param)
+    matrix = view.matrix(p.detach())
+    raw = streamed.checkpoint.tensors([part.key for part in view.parts])
+    covered = 0
+    for part in view.parts:
+        stored = raw[part.key].t() if part.transposed else raw[part.key]
+        begin, end = part.rows
+        if begin != covered or not torch.equal(
+            matrix[begin:end], stored.to(matrix.device, matrix.dtype)
+        ):
+            raise InputError(
+                f"{view.param} rows {begin}:{end} are not {part.key} of {streamed.checkpoint.path}; this "
+                f"architecture is not supported yet: exclude the layer, and report it"
+            )
+        covered = end
+    if covered != view.shape[0]:
+        raise InputError(
+            f"{view.param}: {view.shape[0] - covered} rows have no checkpoint tensor; please report it"
+        )
+
+
+def _survey(streamed: StreamedModel, prefix: str) -> tuple[list[WeightView], dict[str, str]]:
+    found: list[WeightView] = []
+    skips: dict[str, str] = {}
+    for path, module in streamed.model.get_submodule(prefix).named_modules(prefix=prefix):
+        for leaf, p in module._parameters.items():
+            if p is None or p.ndim < 2:
+                continue
+            name = f"{path}.{leaf}"
+            made = _refusal(path, leaf, module) or _view(streamed, name, module)
+            if isinstance(made, WeightView):
+                found.append(made)
+            else:
+                skips[name] = made
+    return found, skips
+
+
+def _refusal(path: str, leaf: str, module: nn.Module) -> str | None:
+    """Why this parameter is no candidate by its kind and name, or None."""
+    kind = type(module).__name__
+    p = module._parameters[leaf]
+    if KEPT.search(path):
+        return f"{path.rpartition('.')[2]} stays in the checkpoint's precision (router, gate or state projection)"
+    if isinstance(module, nn.Linear):
+        plain = type(module) is nn.Linear or kind in PLAIN_LINEARS
+        return None if plain and leaf == "weight" else f"{kind} is not a plain linear layer"
+    if compat.is_conv1d(module):
+        return None if leaf == "weight" else f"{leaf} is not the weight"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "convolution"
+    if p is not None and p.ndim == 3 and not leaf.endswith("bias"):
+        return None  # an expert stack if its source says so
+    return f"{kind}.{leaf} is not the weight of a linear layer"
+
+
+def _view(streamed: StreamedModel, name: str, module: nn.Module) -> WeightView | str:
+    if name in streamed.ties:
+        return f"tied to {streamed.ties[name]}"
+    home = streamed.recipe(name)
+    if home is None:
+        return "not in the checkpoint"
+    shape = tuple(streamed.model.get_parameter(name).shape)
+    if len(shape) == 3 and not home.recipe.startswith("experts"):
+        return "experts are fused in the checkpoint too: not supported yet"
+    flip = compat.is_conv1d(module)
+    experts = shape[0] if len(shape) == 3 else 1
+    n, k = (shape[1], shape[0]) if flip else (shape[-2] * experts, shape[-1])
+    parts = _parts(streamed, home, experts, flip)
+    if isinstance(parts, str) or parts[-1].rows[1] != n:
+        return (
+            parts if isinstance(parts, str) else f"made of {parts[-1].rows[1]} rows, {n} expected"
+        )
+    tied = tuple(sorted(other for other, owner in streamed.ties.items() if owner == name))
+    return WeightView(name, (n, k), experts, parts, shape, flip, tied)
+
+
+def _parts(
+    streamed: StreamedModel, home: compat.Source, experts: int, flip: bool
+) -> tuple[Part, ...] | str:
+    """Row ranges in view order: expert after expert, within one in the converter's order (gate before up)."""
+    if home.recipe == "other":
+        return "the checkpoint stores it in a form whose rows are not its rows"
+    if any(len(group) != experts for group in home.groups):
+        return f"{len(home.keys)} checkpoint tensors for {experts} experts"
+    parts: list[Part] = []
+    at = 0
+    for expert in range(experts):
+        for group in home.groups:
+            key = group[expert]
+            if not key.endswith(".weight"):
+                return f"checkpoint key {key} is not a module's weight"
+            stored = streamed.checkpoint.entries[key].shape
+            if len(stored) != 2:
+                return f"checkpoint tensor {key} has {len(stored)} dimensions"
+            rows = stored[1] if flip else stored[0]
+            parts.append(Part(key.removesuffix(".weight"), key, (at, at + rows), flip))
+            at += rows
+    return tuple(parts)
