@@ -28,7 +28,7 @@ class BlockList:
 
 
 def find_blocks(model: nn.Module, name: str | None = None) -> BlockList:
-    """The text tower of `model`, or the list the user named. Raises InputError when there is none."""
+    """The text tower of `model`, or the list the user named; InputError when there is none."""
     if name is not None:
         return _named(model, name)
     towers = _towers(model) or _by_linears(model)
@@ -45,7 +45,7 @@ def find_blocks(model: nn.Module, name: str | None = None) -> BlockList:
 
 
 def outside(model: nn.Module, blocks: BlockList) -> list[str]:
-    """Names of the modules outside the list that own parameters or buffers themselves, in model order."""
+    """Modules outside the list that own parameters or buffers themselves, in model order."""
     return [
         name
         for name, module in model.named_modules()

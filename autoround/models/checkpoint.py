@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A safetensors checkpoint directory, read by its headers; tensors stay in the page cache until asked for."""
+"""A safetensors checkpoint directory, read by its headers; tensors are mapped when asked for."""
 
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,48 +13,34 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from autoround.errors import InputError
+from autoround.models.header import AGAIN, Entry, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD = re.compile(r"^.+-\d{5}-of-(\d{5})\.safetensors$")
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
-MAX_HEADER = 100_000_000  # the limit of the format's own reader
-BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E5M2": 8, "F8_E4M3": 8,
-    "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
-    "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
-}  # fmt: skip
+SCAN = 1 << 26  # bytes read at a time when looking for NaN
 FLOATS = {"F16", "BF16", "F32", "F64"}
-# Everything a runtime may want beside the weights. Weights, git files and documentation are not in it.
+# What a runtime may want beside the weights; no weights, git files or documentation.
 COMPANIONS = (
-    "tokenizer*", "*.tiktoken", "*.model", "vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.json",
-    "chat_template.*", "additional_chat_templates/**/*", "generation_config.json", "*processor_config.json",
-    "feature_extractor*", "**/*.py", "modules.json", "sentence_bert_config.json", "data_config.json",
-    "config_sentence_transformers.json", "[0-9]_*/*.json", "LICENSE*", "NOTICE*",
+    "tokenizer*", "*.tiktoken", "*.model", "vocab.*", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "chat_template.*", "additional_chat_templates/**/*",
+    "generation_config.json", "*processor_config.json", "feature_extractor*", "**/*.py",
+    "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
+    "[0-9]_*/*.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
-WEIGHT_SUFFIXES = {
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".ckpt",
-}
-PICKLES = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth", "*.ckpt")
-AGAIN = "download it again"
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """Where one tensor lies: shard, safetensors dtype ("BF16"), shape, bytes."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+WANTED = (
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.py",
+    "LICENSE*",
+)
 
 
 def resolve(model: str) -> Path:
@@ -77,24 +61,12 @@ def _snapshot(model: str) -> Path:
     # Imported here: a local directory needs no hub client.
     from huggingface_hub import snapshot_download
 
-    patterns = [
-        "*.safetensors",
-        "*.json",
-        "*.jinja",
-        "*.txt",
-        "*.model",
-        "*.tiktoken",
-        "*.py",
-        "LICENSE*",
-        "NOTICE*",
-    ]
+    patterns = list(WANTED)
     try:
         cached = Path(snapshot_download(model, allow_patterns=patterns, local_files_only=True))
         if any(cached.glob("*.safetensors")):
             return cached
-    except (
-        Exception
-    ):  # not in the cache; the hub client has a class for each way of not being there
+    except Exception:  # not cached; the hub client has a class for each way of not being there
         pass
     try:
         return Path(snapshot_download(model, allow_patterns=patterns, etag_timeout=5))
@@ -116,60 +88,9 @@ def _json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _entry(path: Path, name: str, raw: Any) -> tuple[int, int, Entry]:
-    """One header row -> (begin, end, entry), its size checked against its shape."""
-    try:
-        dtype, shape, (begin, end) = raw["dtype"], tuple(raw["shape"]), raw["data_offsets"]
-        count = math.prod(shape)
-        good = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and dtype in BITS
-    except (KeyError, TypeError, ValueError):
-        good = False
-    if not good or (end - begin) * 8 != count * BITS[dtype]:
-        raise InputError(f"{path}: the header row of {name} is wrong ({str(raw)[:80]}); {AGAIN}")
-    return begin, end, Entry(path, dtype, shape, end - begin)
-
-
-def read_header(path: Path) -> dict[str, Entry]:
-    """Every tensor of one safetensors file in file order; the file's size must agree to the byte."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            head = file.read(length) if 2 <= length <= min(MAX_HEADER, size - 8) else b""
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); {AGAIN}") from error
-    if not head:
-        raise InputError(
-            f"{path} has {size} bytes and no valid safetensors header: truncated or corrupt; {AGAIN}"
-        )
-    try:
-        table = json.loads(head)
-        rows = sorted(
-            (*_entry(path, name, raw)[:2], name, _entry(path, name, raw)[2])
-            for name, raw in table.items()
-            if name != "__metadata__"
-        )
-    except (ValueError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: the header is not JSON ({error}): corrupt; {AGAIN}") from error
-    at = 0
-    for begin, end, name, _ in rows:
-        if begin != at:
-            raise InputError(
-                f"{path}: {name} begins at byte {begin}, expected {at}: overlap or hole; {AGAIN}"
-            )
-        at = end
-    if at != size - 8 - length:
-        raise InputError(
-            f"{path} has {size} bytes, its header promises {8 + length + at}: truncated; {AGAIN}"
-        )
-    return {name: entry for *_, name, entry in rows}
-
-
 class Checkpoint:
-    """A validated checkpoint directory. Only headers are held; every tensor read opens its shard afresh,
-    so that a mapping lives exactly as long as the tensors handed out."""
+    """A validated checkpoint directory. Only headers are held; every tensor read opens its shard
+    afresh, so that a mapping lives exactly as long as the tensors handed out."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -202,11 +123,9 @@ class Checkpoint:
         text = self.config.get("text_config")
         for part in (self.config, text if isinstance(text, dict) else {}):
             if found := part.get("quantization_config"):
-                method = (
-                    found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
-                )
+                method = found.get("quant_method") if isinstance(found, dict) else found
                 raise InputError(
-                    f"{self.path} is already quantized ({method}); give the original float checkpoint"
+                    f"{self.path} is already quantized ({method}); give the original checkpoint"
                 )
 
     def _shards(self) -> dict[Path, list[str]]:
@@ -228,8 +147,9 @@ class Checkpoint:
         pickles = sorted(file.name for pattern in PICKLES for file in self.path.glob(pattern))
         if pickles:
             raise InputError(
-                f"{self.path} holds only pickled weights ({pickles[0]}), which can run code when opened; convert with "
-                "AutoModel.from_pretrained(...).save_pretrained(...) in a sandbox, or take the safetensors revision"
+                f"{self.path} holds only pickled weights ({pickles[0]}), which can run code when "
+                "opened; take the safetensors revision, or convert it in a sandbox with "
+                "AutoModel.from_pretrained(...).save_pretrained(...)"
             )
         raise InputError(f"{self.path} holds no *.safetensors file; {AGAIN}")
 
@@ -273,16 +193,16 @@ class Checkpoint:
         return self.entries[name]
 
     def get(self, name: str) -> Tensor:
-        """One tensor, mapped from the file without a copy; writing to it changes neither file nor later reads."""
+        """One tensor, mapped without a copy; writing to it changes neither file nor later reads."""
         return self.tensors([name])[name]
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Several tensors, opening each shard once; a private mapping per call, freed with its tensors."""
+        """Several tensors, opening each shard once; the mapping is freed with its tensors."""
         with self.open(names) as slices:
             return {name: piece[...] for name, piece in slices.items()}
 
     def slice(self, name: str) -> Any:
-        """A safetensors slice: indexing it reads only the rows asked for; keeps its shard mapped while alive."""
+        """A safetensors slice: indexing reads only those rows; it keeps its shard mapped."""
         with self.open([name]) as slices:
             return slices[name]
 
@@ -305,27 +225,35 @@ class Checkpoint:
             yield slices
 
     def scan_finite(self, names: Iterable[str] | None = None) -> None:
-        """Read every float tensor once, a piece at a time; InputError at the first with NaN or infinity."""
+        """Read every float tensor once; InputError at the first with NaN or infinite weights."""
         for name in self.entries if names is None else names:
-            if self.entry(name).dtype not in FLOATS:
+            entry = self.entry(name)
+            if entry.dtype not in FLOATS or not entry.nbytes:
                 continue
-            # Opened per tensor so that its pages leave this process's memory before the next one.
-            flat = self.get(name).reshape(-1)
-            bad = sum(int((~torch.isfinite(part)).sum()) for part in flat.split(1 << 20))
+            rows = entry.shape[0] if entry.shape else 1
+            step = max(1, SCAN * rows // entry.nbytes)
+            bad = sum(self._unfinite(name, at, at + step) for at in range(0, rows, step))
             if bad:
                 raise InputError(
-                    f"{name} in {self.entries[name].file.name} holds {bad} NaN or infinite weights; "
+                    f"{name} in {entry.file} holds {bad} NaN or infinite weights; "
                     f"{AGAIN}, or repair the checkpoint"
                 )
 
+    def _unfinite(self, name: str, begin: int, end: int) -> int:
+        # A mapping of its own: the pages of a piece leave this process before the next is read.
+        piece = self.slice(name)
+        x = piece[begin:end] if piece.get_shape() else piece[...]
+        low, high = torch.aminmax(x)  # one pass without a temporary; both propagate NaN
+        return 0 if low.isfinite() and high.isfinite() else int((~x.isfinite()).sum())
+
     def companions(self) -> list[Path]:
-        """Files that must travel with the model, relative to `path`, sorted; no weights, index, config or README."""
-        found = {
-            file for pattern in COMPANIONS for file in self.path.glob(pattern) if file.is_file()
-        }
-        kept = {file.relative_to(self.path) for file in found if file.suffix not in WEIGHT_SUFFIXES}
+        """Files that must travel with the model, relative to `path`, sorted."""
+        files = {file for pattern in COMPANIONS for file in self.path.glob(pattern)}
+        kept = [
+            file.relative_to(self.path)
+            for file in files
+            if file.is_file() and file.suffix not in WEIGHTS
+        ]
         return sorted(
-            file
-            for file in kept
-            if not any(part.startswith((".", "__")) for part in file.parts[:-1])
+            f for f in kept if not any(p[0] == "." or p[:2] == "__" for p in f.parts[:-1])
         )

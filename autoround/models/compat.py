@@ -30,8 +30,9 @@ _bar = Lock()
 
 @dataclass(slots=True)
 class Source:
-    """How one in-memory tensor is made: checkpoint keys grouped by the converter's patterns, and the recipe
-    ("copy", "rows", "experts", "experts_rows", or "other" where a row of it is not a row of a source)."""
+    """How one in-memory tensor is made: checkpoint keys grouped by the converter's patterns, and
+    the recipe ("copy", "rows", "experts", "experts_rows", or "other" where a row of it is not a row
+    of a source)."""
 
     recipe: str
     groups: list[list[str]] = field(default_factory=list)
@@ -59,11 +60,13 @@ def load_config(path: str, trust_remote_code: bool) -> Any:
 
 
 def skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """The model class named by the config with every parameter on meta and every buffer real, in eval mode."""
+    """The config's model class in eval mode: every parameter on meta, every buffer real."""
     with torch.device("meta"):
         model = _construct(config, dtype, trust_remote_code)
     _restore_buffers(model)
     model.eval().requires_grad_(False)
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        part.use_cache = False  # a block that runs twice must not find its own keys in a cache
     return model
 
 
@@ -77,7 +80,7 @@ def _construct(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
         "AutoModelForCausalLM" in auto_map
         or type(config) in transformers.AutoModelForCausalLM._model_mapping
     )
-    auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+    auto: Any = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
     try:
         return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, ImportError, KeyError) as error:
@@ -99,7 +102,7 @@ def _restore_buffers(model: Any) -> None:
 
 
 def sources(model: Any, keys: Iterable[str]) -> tuple[dict[str, Source], list[str]]:
-    """In-memory tensor name -> its source, and the checkpoint keys that have no home in the model."""
+    """In-memory tensor name -> its source, and the checkpoint keys without a home."""
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
@@ -150,10 +153,11 @@ def materialise(
     """Set the parameters and buffers that these checkpoint tensors (or slices) make up, in place.
 
     Raises InputError for a shape that does not fit or a conversion that fails."""
+    mapping: Any = get_model_conversion_mapping(model)
     config = LoadStateDictConfig(
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),
-        weight_mapping=get_model_conversion_mapping(model),
+        weight_mapping=mapping,
         device_map={"": device},
     )
     with _no_bar():
@@ -166,20 +170,21 @@ def materialise(
     for name, text in info.conversion_errors.items():
         reason = " ".join(str(text).split())[-200:]
         raise InputError(
-            f"{name} cannot be made from the checkpoint ({reason}); update transformers or download again"
+            f"{name} cannot be made from the checkpoint ({reason}); update transformers, "
+            "or download it again"
         )
 
 
 @contextmanager
 def _no_bar() -> Iterator[None]:
-    # transformers draws its "Loading weights" bar unconditionally; one per block would drown our own.
+    # transformers draws its "Loading weights" bar unconditionally; one a block drowns our own.
+    module: Any = core_model_loading
     with _bar:
-        kept = core_model_loading.tqdm
-        core_model_loading.tqdm = _plain
+        kept, module.tqdm = module.tqdm, _plain
         try:
             yield
         finally:
-            core_model_loading.tqdm = kept
+            module.tqdm = kept
 
 
 def _plain(items: Iterable[Any], desc: str = "") -> Iterable[Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model whose parameters come and go: skeleton on meta, blocks materialised from the checkpoint and dropped."""
+"""A model whose parameters come and go: blocks materialised from the checkpoint, and dropped."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +12,7 @@ from autoround.errors import InputError
 from autoround.models import compat
 from autoround.models.blocks import BlockList, find_blocks
 from autoround.models.checkpoint import Checkpoint
+from autoround.models.header import AGAIN
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
@@ -22,7 +23,7 @@ class StreamedModel:
     model    the unmodified transformers module, in eval mode, nothing requires grad
     blocks   its list of blocks
     sources  in-memory tensor name -> the checkpoint keys it is made of
-    unused   checkpoint keys without a home in the model (MTP layers, old buffers): export copies them verbatim
+    unused   checkpoint keys without a home in the model (MTP layers, old buffers)
     ties     tied parameter -> the parameter that is read from the checkpoint in its stead
     """
 
@@ -51,37 +52,27 @@ class StreamedModel:
             self._slot(name)._buffers[_leaf(name)] = buffer.to(self.device)
 
     def recipe(self, name: str) -> compat.Source | None:
-        """How an in-memory tensor is made, None where the checkpoint does not hold it (tied, or a computed buffer)."""
+        """How a tensor is made; None where the checkpoint does not hold it (tied, or computed)."""
         return self._homes.get(name)
 
     def load(self, prefixes: Iterable[str]) -> None:
-        """Materialise every parameter and persistent buffer at or under the given names ("" = all).
+        """Read every parameter and persistent buffer at or under the given names ("" = all).
 
-        Parameters whose tie partner lies elsewhere are read too and aliased; the partner stays on meta."""
+        Parameters tied to one elsewhere alias it; one elsewhere that was not here stays on meta."""
         wanted = [name for name in self._targets if _under(name, tuple(prefixes))]
         owners = {name: self.ties.get(name, name) for name in wanted}
-        # A tied partner that is already here (the embedding, for a tied head) is shared, not read again.
-        missing = {
-            owner
-            for name, owner in owners.items()
-            if owner == name or self._slot_tensor(owner).is_meta
-        }
-        keys = dict.fromkeys(
-            key
-            for owner in self._targets
-            if owner in missing
-            for key in self.sources.get(owner, ())
-        )
+        # A tied partner that is already here (the embedding, for a head) is not read again.
+        read = [o for n, o in owners.items() if n == o or self._tensor(o).is_meta]
+        keys = dict.fromkeys(key for name in read for key in self.sources.get(name, ()))
         with self.checkpoint.open(keys) as tensors:
             compat.materialise(self.model, tensors, self.dtype, self.device)
         for name, owner in owners.items():
             if name != owner:
-                self._slot(name)._parameters[_leaf(name)] = self._slot_tensor(owner)
-        for owner in missing - set(wanted):
-            slot = self._slot(owner)
-            slot._parameters[_leaf(owner)] = compat.to_meta(slot._parameters[_leaf(owner)])
+                self._slot(name)._parameters[_leaf(name)] = self._tensor(owner)
+        for owner in set(read) - set(wanted):
+            self._slot(owner)._parameters[_leaf(owner)] = compat.to_meta(self._tensor(owner))
         for name in wanted:
-            self._slot_tensor(name).requires_grad_(False)
+            self._tensor(name).requires_grad_(False)
 
     def drop(self, module: nn.Module) -> None:
         """Free every parameter of a module; buffers stay."""
@@ -91,7 +82,7 @@ class StreamedModel:
                     part._parameters[name] = compat.to_meta(parameter)
 
     def load_outside_blocks(self) -> None:
-        """Materialise embeddings, final norm, head and other towers; they stay for the model's life."""
+        """Materialise embeddings, final norm, head and other towers; they stay."""
         self.load([name for name in self._targets if not self.blocks.owns(name)])
 
     @contextmanager
@@ -112,12 +103,13 @@ class StreamedModel:
         module: nn.Module = self.model.get_submodule(name.rpartition(".")[0])
         return module
 
-    def _slot_tensor(self, name: str) -> Any:
+    def _tensor(self, name: str) -> Any:
         return getattr(self._slot(name), _leaf(name))
 
     def _resolve_ties(self) -> dict[str, str]:
-        """The same outcome as transformers' tie_weights, from names: whoever is in the checkpoint is read, the
-        others alias it; two that are both stored stay apart unless their bytes agree."""
+        """The same outcome as transformers' tie_weights, from names: whoever is in the checkpoint
+        is read, the others alias it; two that are both stored stay apart unless their bytes
+        agree."""
         groups: dict[str, list[str]] = {}
         for target, source in compat.tied(self.model).items():
             groups.setdefault(source, [source]).append(target)
@@ -143,29 +135,23 @@ class StreamedModel:
         return torch.equal(found[one[0]], found[two[0]])
 
     def _check(self) -> None:
-        """Before any work: every parameter has a source, and whole-tensor copies have the right shape."""
+        """Before any work: every parameter has a source, every plain copy the right shape."""
         where = self.checkpoint.path
         lost = [n for n in self._parameters if n not in self._homes and n not in self.ties]
         if lost:
             raise InputError(
-                f"{where} lacks {min(lost)} and {len(lost) - 1} more of {type(self.model).__name__}; "
-                "download it again, or correct `architectures` in config.json"
+                f"{where} lacks {min(lost)} and {len(lost) - 1} more tensors of "
+                f"{type(self.model).__name__}; download it again, or correct config.json"
             )
         for name, home in self._homes.items():
             if home.recipe != "copy":
                 continue
-            got, want = (
-                self.checkpoint.entries[home.keys[0]].shape,
-                tuple(self._targets[name].shape),
-            )
+            key, want = home.keys[0], tuple(self._targets[name].shape)
             if len(home.keys) > 1:
+                raise InputError(f"{where}: {key} and {home.keys[1]} both claim {name}; {AGAIN}")
+            if (got := self.checkpoint.entries[key].shape) != want:
                 raise InputError(
-                    f"{where}: {' and '.join(home.keys)} both claim {name}; download it again"
-                )
-            if got != want:
-                raise InputError(
-                    f"{where}: {home.keys[0]} has shape {got}, config.json asks for {want}; "
-                    "the two do not belong together: download it again"
+                    f"{where}: {key} has shape {got}, config.json asks for {want}; {AGAIN}"
                 )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block calls of many samples: equal tensors stored once, compatible samples batched along dim 0."""
+"""Block calls of many samples: equal tensors stored once, compatible samples batched."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# A dict may be state that blocks write into for later blocks (gemma3n shared_kv_states); a merged copy would
-# lose the writes. These are the dicts known to be read only.
+# A dict may be state that blocks write into for later blocks (gemma3n shared_kv_states); a merged
+# copy would lose the writes. These are the dicts known to be read only.
 READ_ONLY_DICTS = frozenset({"position_embeddings"})
 
 
@@ -39,7 +39,7 @@ class Call:
 
 
 class Samples:
-    """The calls of one block for many samples. Tensors equal to the first sample's are stored once."""
+    """One block's calls for many samples; tensors equal to the first sample's are stored once."""
 
     def __init__(self, calls: Mapping[int, Call]) -> None:
         self._calls: dict[int, Call] = {}
@@ -71,7 +71,7 @@ class Samples:
         self._calls[index] = self._calls[index].with_hidden(hidden)
 
     def batches(self, indices: Iterable[int], size: int) -> list[tuple[int, ...]]:
-        """Groups of at most `size` samples that can be gathered, each in the order given, by first member."""
+        """Groups of at most `size` samples that can be gathered, in the order given."""
         open_groups: dict[Any, list[int]] = {}
         done: list[list[int]] = []
         for index in indices:
@@ -84,8 +84,9 @@ class Samples:
         return [tuple(group) for group in done]
 
     def gather(self, indices: Sequence[int]) -> Call:
-        """One call for several samples: hidden states concatenated along dim 0, other tensors shared where all are
-        equal and broadcast, else concatenated. Raises ValueError for samples of different groups."""
+        """One call for several samples: hidden states concatenated along dim 0, other tensors
+        shared where all are equal and broadcast, else concatenated. Raises ValueError for samples
+        of different groups."""
         calls = [self._calls[index] for index in indices]
         if len(calls) == 1:
             return calls[0]
@@ -103,7 +104,7 @@ class Samples:
 
 
 def split(output: Any, n: int) -> list[Any]:
-    """Undo `gather` on a block's output: n outputs of the same container type; what has no batch is shared."""
+    """Undo `gather` on a block's output: n outputs in the same container; the rest is shared."""
     if n == 1:
         return [output]
     return [_rebuild(output, i, n) for i in range(n)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The 2-D face [N, K] of every weight a scheme may quantize, and its tie to the checkpoint's own tensors."""
+"""The 2-D face [N, K] of every weight a scheme may quantize, and its checkpoint tensors."""
 
 import re
 from dataclasses import dataclass
@@ -11,7 +11,8 @@ from autoround.errors import InputError
 from autoround.models import compat
 from autoround.models.loader import StreamedModel
 
-# Subclasses of nn.Linear that compute y = x W^T + b and nothing else. Routers subclass it too, hence a list.
+# Subclasses of nn.Linear that compute y = x W^T + b and nothing else. Routers subclass it too,
+# hence a list.
 PLAIN_LINEARS = frozenset({"FalconLinear"})
 # Small or sensitive projections that every serving engine keeps in 16 bits.
 KEPT = re.compile(
@@ -22,8 +23,8 @@ KEPT = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One checkpoint tensor inside a view: the module it belongs to there (the name an exporter writes), its key,
-    its half-open row range of the view, and whether it is stored [K, N]."""
+    """One checkpoint tensor inside a view: the module it belongs to there (the name an exporter
+    writes), its key, its half-open row range of the view, and whether it is stored [K, N]."""
 
     module: str
     key: str
@@ -33,7 +34,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class WeightView:
-    """A parameter seen as [N, K]; the experts of a fused [E, rows, K] stack lie below each other (N = E * rows)."""
+    """A parameter seen as [N, K]; fused experts [E, rows, K] lie below each other, N = E * rows."""
 
     param: str
     shape: tuple[int, int]
@@ -53,7 +54,7 @@ class WeightView:
 
 
 def views(streamed: StreamedModel, block_name: str) -> list[WeightView]:
-    """All quantizable weights at or under a module, in model order. Needs no materialised weights."""
+    """All quantizable weights under a module, in model order; nothing need be materialised."""
     return _survey(streamed, block_name)[0]
 
 
@@ -76,9 +77,9 @@ def head_view(streamed: StreamedModel) -> WeightView | None:
 
 
 def verify(view: WeightView, streamed: StreamedModel) -> None:
-    """Compare a materialised parameter with the raw checkpoint, bit for bit, row range by row range.
+    """Compare a materialised parameter with the raw checkpoint bit for bit, part by part.
 
-    Raises InputError at a difference: what would be exported under a name is not what the file holds there."""
+    InputError at a difference: an export would write under a name what is not stored there."""
     p = streamed.model.get_parameter(view.param)
     matrix = view.matrix(p.detach())
     raw = streamed.checkpoint.tensors([part.key for part in view.parts])
@@ -90,13 +91,13 @@ def verify(view: WeightView, streamed: StreamedModel) -> None:
             matrix[begin:end], stored.to(matrix.device, matrix.dtype)
         ):
             raise InputError(
-                f"{view.param} rows {begin}:{end} are not {part.key} of {streamed.checkpoint.path}; this "
-                f"architecture is not supported yet: exclude the layer, and report it"
+                f"{view.param} rows {begin}:{end} are not {part.key} of the checkpoint; "
+                "this architecture is not supported yet: exclude the layer, and report it"
             )
         covered = end
     if covered != view.shape[0]:
         raise InputError(
-            f"{view.param}: {view.shape[0] - covered} rows have no checkpoint tensor; please report it"
+            f"{view.param} rows {covered}:{view.shape[0]} come from nowhere; exclude it, report it"
         )
 
 
@@ -121,7 +122,7 @@ def _refusal(path: str, leaf: str, module: nn.Module) -> str | None:
     kind = type(module).__name__
     p = module._parameters[leaf]
     if KEPT.search(path):
-        return f"{path.rpartition('.')[2]} stays in the checkpoint's precision (router, gate or state projection)"
+        return f"{path.rpartition('.')[2]} keeps the checkpoint's precision (router or state)"
     if isinstance(module, nn.Linear):
         plain = type(module) is nn.Linear or kind in PLAIN_LINEARS
         return None if plain and leaf == "weight" else f"{kind} is not a plain linear layer"
@@ -160,7 +161,7 @@ def _view(streamed: StreamedModel, name: str, module: nn.Module) -> WeightView |
 def _parts(
     streamed: StreamedModel, home: compat.Source, experts: int, flip: bool
 ) -> tuple[Part, ...] | str:
-    """Row ranges in view order: expert after expert, within one in the converter's order (gate before up)."""
+    """Row ranges in view order: expert after expert, within one as the converter (gate, up)."""
     if home.recipe == "other":
         return "the checkpoint stores it in a form whose rows are not its rows"
     if any(len(group) != experts for group in home.groups):
