@@ -2,6 +2,7 @@
 """`prepare`: choose the kernels once, lay the weight out for them once, then only multiply."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class Weight:
     """A weight ready for one device: native layout, opaque to everyone but its kernels.
 
     ``kernels``: (largest M, row) in rising order. ``parts``: the native tensors, kept alive here.
+    ``handle``: whatever the backend wants to look up once per weight.
     """
 
     spec: Spec
@@ -29,6 +31,7 @@ class Weight:
     layout: str
     parts: dict[str, Tensor]
     kernels: tuple[tuple[int, Kernel], ...]
+    handle: Any = None
 
     @property
     def device(self) -> torch.device:

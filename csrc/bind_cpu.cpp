@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: Apache-2.0
+// hal._cpu: the tables as Python functions that take integers (addresses, sizes, enum codes) and
+// release the GIL. No torch headers, so one build serves every torch version.
+#include <pybind11/pybind11.h>
+
+#include <memory>
+#include <new>
+#include <string>
+
+#include "dispatch.h"
+#include "threads.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T = void>
+T* at(Address a) {
+  return reinterpret_cast<T*>(a);
+}
+
+const HalTable& table(int isa) {
+  const hal::Tables& t = hal::tables();
+  if (isa < 0 || isa >= t.count) throw py::index_error("isa " + std::to_string(isa));
+  return *t.rows[isa];
+}
+
+py::list isas() {
+  py::list names;
+  for (int i = 0; i < hal::tables().count; i++) names.append(hal::tables().rows[i]->name);
+  return names;
+}
+
+// Rows of a table function over the pool, without the GIL.
+template <class Args>
+void run(void (*fn)(const Args*, int64_t, int64_t), const Args& args, int64_t units,
+         int64_t elements, int threads) {
+  py::gil_scoped_release unlocked;
+  hal::parallel(units, elements, threads, [&](int64_t i, int64_t end) { fn(&args, i, end); });
+}
+
+HalShape shape(int64_t n, int64_t k, int64_t width, int bits, bool symmetric, int dtype,
+               int scale_dtype, float least) {
+  const int64_t groups = k ? (k + width - 1) / width : 0;
+  return {n, k, width, groups, bits, symmetric, dtype, scale_dtype, least};
+}
+
+HalParams params(Address v, Address lo, Address hi, Address amin, Address amax) {
+  return {at<float>(v), at<float>(lo), at<float>(hi), at<float>(amin), at<float>(amax)};
+}
+
+void search(int isa, const HalShape& s, Address w, Address importance, Address factors,
+            int64_t n_factors, Address amin, Address amax, int threads) {
+  const HalSearch a = {s,         at(w),           at<float>(importance), at<float>(factors),
+                       n_factors, at<float>(amin), at<float>(amax)};
+  run(table(isa).search, a, s.n, s.n * s.k * (1 + n_factors), threads);
+}
+
+void qdq(int isa, const HalShape& s, Address w, const HalParams& p, Address out, int threads) {
+  const HalQdq a = {s, at(w), p, at(out)};
+  run(table(isa).qdq, a, s.n, s.n * s.k, threads);
+}
+
+void qdq_step(int isa, const HalShape& s, Address w, Address grad, int grad_dtype,
+              const HalParams& p, float lr_v, float lr_range, int threads) {
+  const HalStep a = {s, at(w), at(grad), grad_dtype, p, lr_v, lr_range};
+  run(table(isa).qdq_step, a, s.n, s.n * s.k, threads);
+}
+
+HalPlain plain(const HalShape& s, Address codes, Address scale, Address zero) {
+  return {s, at<uint8_t>(codes), at(scale), at<uint8_t>(zero), {}, nullptr, nullptr};
+}
+
+void quantize(int isa, const HalShape& s, Address w, const HalParams& p, Address codes,
+              Address scale, Address zero, int threads) {
+  HalPlain a = plain(s, codes, scale, zero);
+  a.p = p;
+  a.w = at(w);
+  run(table(isa).quantize, a, s.n, s.n * s.k, threads);
+}
+
+void dequantize(int isa, const HalShape& s, Address codes, Address scale, Address zero, Address out,
+                int threads) {
+  HalPlain a = plain(s, codes, scale, zero);
+  a.out = at(out);
+  run(table(isa).dequantize, a, s.n, s.n * s.k, threads);
+}
+
+void repack(int isa, bool pack, const HalShape& s, int layout, Address codes, Address words,
+            int threads) {
+  const HalRepack a = {s, layout, at<uint8_t>(codes), at<uint32_t>(words)};
+  const HalTable& t = table(isa);
+  run(pack ? t.pack : t.unpack, a, (s.k + 31) / 32, s.n * s.k, threads);
+}
+
+// Memory for prepared activations: one buffer per calling thread, grown and kept.
+void* scratch(int64_t bytes) {
+  struct Free {
+    void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
+  };
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local int64_t size = 0;
+  if (bytes > size) {
+    memory.reset(::operator new(static_cast<size_t>(bytes), std::align_val_t(64)));
+    size = bytes;
+  }
+  return memory.get();
+}
+
+// A weight in tiles. The tensors behind the addresses belong to the hal.Weight that owns this.
+struct Tiles {
+  HalTiles t;
+
+  Tiles(const HalShape& s, Address codes, Address scale, Address zero)
+      : t{s, inputs(s), (s.n + 63) / 64, at<uint8_t>(codes), at(scale), at<uint8_t>(zero)} {}
+
+  static int64_t inputs(const HalShape& s) {
+    const auto padded = [](int64_t n) { return (n + 7) / 8 * 8; };
+    if (!s.groups) return 0;
+    return (s.groups - 1) * padded(s.width) + padded(s.k - (s.groups - 1) * s.width);
+  }
+
+  int64_t code_bytes() const { return t.tiles * 64 * t.kp / 8 * t.s.bits; }
+
+  void fill(int isa, Address codes, Address scale, Address zero, int threads) {
+    relay(table(isa).tile, codes, scale, zero, threads);
+  }
+
+  void read(int isa, Address codes, Address scale, Address zero, int threads) {
+    relay(table(isa).untile, codes, scale, zero, threads);
+  }
+
+  void relay(void (*fn)(const HalTiles*, const HalPlain*, int64_t, int64_t), Address codes,
+             Address scale, Address zero, int threads) {
+    const HalPlain p = plain(t.s, codes, scale, zero);
+    py::gil_scoped_release unlocked;
+    hal::parallel(t.tiles, t.s.n * t.s.k, threads,
+                  [&](int64_t i, int64_t end) { fn(&t, &p, i, end); });
+  }
+
+  HalGemm gemm_args(Address x, int64_t m, int64_t first, int64_t n, Address out) const {
+    return {t, m, first, n, at(x), nullptr, nullptr, 0, at(out), n};
+  }
+
+  // Without the GIL.
+  static void multiply(const HalTable& f, HalGemm a, int threads) {
+    const int64_t first = a.first / 64, last = (a.first + a.n + 63) / 64, work = a.m * a.n * a.w.s.k;
+    a.prepared = scratch(a.m * (a.w.kp + a.w.s.groups) * 4);
+    const int helpers = work < 1 << 20 ? 1 : threads;
+    hal::parallel(a.m, a.m * a.w.kp, helpers,
+                  [&](int64_t i, int64_t end) { f.prepare_x(&a, i, end); });
+    hal::parallel(last - first, work, helpers,
+                  [&](int64_t i, int64_t end) { f.gemm(&a, first + i, first + end); });
+  }
+
+  void gemm(int isa, Address x, int64_t m, Address bias, int bias_dtype, Address out,
+            int threads) const {
+    HalGemm a = gemm_args(x, m, 0, t.s.n, out);
+    a.bias = at(bias);
+    a.bias_dtype = bias_dtype;
+    const HalTable& f = table(isa);
+    py::gil_scoped_release unlocked;
+    multiply(f, a, threads);
+  }
+
+  // Rows offsets[e] .. offsets[e + 1] of x times rows e * n .. (e + 1) * n of the weight.
+  void gemm_grouped(int isa, Address x, Address offsets, int64_t experts, Address out,
+                    int threads) const {
+    const HalTable& f = table(isa);
+    const int32_t* ends = at<int32_t>(offsets);
+    const int64_t n = t.s.n / experts, size = t.s.dtype == HAL_F32 ? 4 : 2;
+    py::gil_scoped_release unlocked;
+    for (int64_t e = 0; e < experts; e++) {
+      const int64_t row = ends[e], m = ends[e + 1] - row;
+      if (m <= 0) continue;
+      multiply(f, gemm_args(x + row * t.s.k * size, m, e * n, n, out + row * n * size), threads);
+    }
+  }
+
+  void slab(int isa, int64_t tile, int64_t end, Address out, int threads) const {
+    const HalSlab a = {t, tile, at(out), (end - tile) * 64};
+    const HalTable& f = table(isa);
+    py::gil_scoped_release unlocked;
+    hal::parallel(end - tile, (end - tile) * 64 * t.s.k, threads,
+                  [&](int64_t i, int64_t stop) { f.slab(&a, tile + i, tile + stop); });
+  }
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
+  m.doc() = "CPU kernels of hal: addresses and sizes in, nothing out. Checked by hal.ops.";
+  m.def("isas", isas, "Instruction sets this machine can run, best first.");
+  py::class_<HalShape>(m, "Shape").def(py::init(&shape));
+  py::class_<HalParams>(m, "Params").def(py::init(&params));
+  m.def("search", search);
+  m.def("qdq", qdq);
+  m.def("qdq_step", qdq_step);
+  m.def("quantize", quantize);
+  m.def("dequantize", dequantize);
+  m.def("repack", repack);
+  py::class_<Tiles>(m, "Tiles")
+      .def(py::init<const HalShape&, Address, Address, Address>())
+      .def("code_bytes", &Tiles::code_bytes)
+      .def("fill", &Tiles::fill)
+      .def("read", &Tiles::read)
+      .def("gemm", &Tiles::gemm)
+      .def("gemm_grouped", &Tiles::gemm_grouped)
+      .def("slab", &Tiles::slab);
+}

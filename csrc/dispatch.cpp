@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which instruction sets the processor and the operating system both support. CPUID and XGETBV are
+// read directly: __builtin_cpu_supports needs a constructor that clang's runtime lacks in shared
+// objects, and knows nothing of tile state.
+#include "dispatch.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace hal {
+namespace {
+
+#if defined(__x86_64__)
+
+struct Features {
+  bool avx2, avx512, avx512vnni;
+};
+
+bool has(uint32_t word, int first, int second = -1, int third = -1, int fourth = -1) {
+  const int bits[] = {first, second, third, fourth};
+  for (const int b : bits) {
+    if (b >= 0 && !(word >> b & 1)) return false;
+  }
+  return true;
+}
+
+uint64_t enabled_state() {
+  uint32_t low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (uint64_t)high << 32 | low;
+}
+
+Features features() {
+  Features f = {};
+  uint32_t a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !has(c, 12, 27, 28, 29)) return f;  // fma osxsave avx f16c
+  const uint64_t state = enabled_state();
+  if ((state & 6) != 6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return f;  // ymm
+  f.avx2 = has(b, 5, 8);                                                       // avx2 bmi2
+  if (!f.avx2 || (state & 0xe6) != 0xe6) return f;                             // opmask, zmm
+  f.avx512 = has(b, 16, 17, 30, 31);                                           // f dq bw vl
+  const bool byte_and_dot = has(c, 1, 11);                                     // vbmi vnni
+  f.avx512vnni = f.avx512 && byte_and_dot && __get_cpuid_count(7, 1, &a, &b, &c, &d) && has(a, 5);
+  return f;  // leaf 7.1 eax bit 5: bf16
+}
+
+Tables find() {
+  const Features f = features();
+  Tables t = {{}, 0};
+  if (f.avx512vnni) t.rows[t.count++] = &hal_table_avx512vnni;
+  if (f.avx512) t.rows[t.count++] = &hal_table_avx512;
+  if (f.avx2) t.rows[t.count++] = &hal_table_avx2;
+  t.rows[t.count++] = &hal_table_scalar;
+  return t;
+}
+
+#elif defined(__aarch64__)
+
+Tables find() { return {{&hal_table_neon}, 1}; }
+
+#else
+
+Tables find() { return {{&hal_table_scalar}, 1}; }
+
+#endif
+
+}  // namespace
+
+const Tables& tables() {
+  static const Tables found = find();
+  return found;
+}
+
+}  // namespace hal

@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+// The native contract: one POD per verb and one table of functions per instruction set. Addresses
+// and sizes only, so that no tensor type and no C++ runtime type crosses the border.
+//
+// Every function works on a range of units (rows, 32-column blocks or 64-column tiles; see each
+// entry) and keeps no state, so the caller alone decides about threads.
+#pragma once
+#include <stdint.h>
+
+enum HalFloat { HAL_F32 = 0, HAL_BF16 = 1, HAL_F16 = 2 };
+enum HalLayout { HAL_GPTQ = 0, HAL_AWQ = 1 };
+
+// An encoded [n, k] matrix: hal.Spec as numbers. `width`: columns of a full group; `least`: the
+// smallest |scale|, already rounded to the scale's storage dtype.
+struct HalShape {
+  int64_t n, k, width, groups;
+  int32_t bits, symmetric, dtype, scale_dtype;
+  float least;
+};
+
+// hal.Params; v may be null.
+struct HalParams {
+  float *v, *lo, *hi, *amin, *amax;
+};
+
+struct HalSearch {
+  HalShape s;
+  const void* w;
+  const float* importance;  // [k] or null
+  const float* factors;     // candidates of the range; none = min-max
+  int64_t n_factors;
+  float *amin, *amax;
+};
+
+struct HalQdq {
+  HalShape s;
+  const void* w;
+  HalParams p;
+  void* out;
+};
+
+struct HalStep {
+  HalShape s;
+  const void* w;
+  const void* grad;
+  int32_t grad_dtype;
+  HalParams p;
+  float lr_v, lr_range;
+};
+
+// Plain parts. quantize writes them, dequantize reads them; zero is null for symmetric codes.
+struct HalPlain {
+  HalShape s;
+  uint8_t* codes;
+  void* scale;
+  uint8_t* zero;
+  HalParams p;    // quantize
+  const void* w;  // quantize
+  void* out;      // dequantize, s.dtype
+};
+
+// codes u8 [n, k] <-> qweight i32 of a file layout.
+struct HalRepack {
+  HalShape s;
+  int32_t layout;
+  uint8_t* codes;
+  uint32_t* words;
+};
+
+// A weight in the tile layout (csrc/README.md): 64 columns of the output per tile. Every group is
+// padded to a multiple of 8 inputs, `kp` inputs in all.
+struct HalTiles {
+  HalShape s;
+  int64_t kp, tiles;
+  uint8_t* codes;
+  void* scale;    // [tiles, groups, 64], storage dtype
+  uint8_t* zero;  // [tiles, groups, 64] or null
+};
+
+// x [m, k] times rows `first .. first + n` of the tiles. `x` was prepared by prepare_x.
+struct HalGemm {
+  HalTiles w;
+  int64_t m, first, n;
+  const void* x;     // raw activations, dtype s.dtype
+  void* prepared;    // [m, kp] in the form gemm reads
+  const void* bias;  // [n] or null
+  int32_t bias_dtype;
+  void* out;  // [m, ldo], dtype s.dtype
+  int64_t ldo;
+};
+
+// Tiles to a dense [kp, ld] slab, for a BLAS: column j of the slab is row `first + j`.
+struct HalSlab {
+  HalTiles w;
+  int64_t first;
+  void* out;  // s.dtype
+  int64_t ld;
+};
+
+struct HalTable {
+  const char* name;
+  void (*search)(const HalSearch*, int64_t row, int64_t end);
+  void (*qdq)(const HalQdq*, int64_t row, int64_t end);
+  void (*qdq_step)(const HalStep*, int64_t row, int64_t end);
+  void (*quantize)(const HalPlain*, int64_t row, int64_t end);
+  void (*dequantize)(const HalPlain*, int64_t row, int64_t end);
+  void (*pack)(const HalRepack*, int64_t block, int64_t end);    // blocks of 32 columns
+  void (*unpack)(const HalRepack*, int64_t block, int64_t end);  // blocks of 32 columns
+  void (*tile)(const HalTiles*, const HalPlain*, int64_t tile, int64_t end);
+  void (*untile)(const HalTiles*, const HalPlain*, int64_t tile, int64_t end);
+  void (*slab)(const HalSlab*, int64_t tile, int64_t end);  // tiles of the slab
+  void (*prepare_x)(const HalGemm*, int64_t row, int64_t end);
+  void (*gemm)(const HalGemm*, int64_t tile, int64_t end);  // tiles that overlap first .. first + n
+};
+
+// One per object compiled for an instruction set.
+extern const HalTable hal_table_scalar, hal_table_avx2, hal_table_avx512, hal_table_avx512vnni,
+    hal_table_neon;

@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+// Included last by each isa_*.cpp: HAL_LEVEL and HAL_TABLE_NAME are set.
+#include "gemm.h"
+#include "group_ops.h"
+#include "pack_ops.h"
+
+#define HAL_JOIN(a, b) a##b
+#define HAL_SYMBOL(name) HAL_JOIN(hal_table_, name)
+#define HAL_TEXT(name) #name
+#define HAL_NAME(name) HAL_TEXT(name)
+
+extern const HalTable HAL_SYMBOL(HAL_TABLE_NAME) = {
+    HAL_NAME(HAL_TABLE_NAME), search_rows, qdq_rows,     step_rows,  quantize_rows, dequantize_rows,
+    pack_blocks,              unpack_blocks, tile_tiles, untile_tiles, slab_tiles, prepare_rows,
+    gemm_tiles,
+};

@@ -1,0 +1,370 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sixteen f32 lanes: one zmm, two ymm, or a GCC/Clang vector that the compiler splits for SSE2 and
+// NEON. Sixteen because the numeric contract sums groups in 16 lanes (hal/codec.py).
+//
+// Everything is in the anonymous namespace: an inline function shared by two instruction sets would
+// be one weak symbol, and the linker could give AVX-512 code to a machine without it.
+#pragma once
+#include <stdint.h>
+
+#include "hal_abi.h"
+
+#define HAL_LEVEL_SCALAR 0
+#define HAL_LEVEL_AVX2 1
+#define HAL_LEVEL_AVX512 2
+#define HAL_LEVEL_AVX512VNNI 3
+
+#if HAL_LEVEL >= HAL_LEVEL_AVX2
+#include <immintrin.h>
+#endif
+
+#define HAL_INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+template <class To, class From>
+HAL_INLINE To bits_as(From x) {
+  static_assert(sizeof(To) == sizeof(From), "size");
+  To y;
+  __builtin_memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+template <int F>
+struct Storage {
+  typedef uint16_t type;
+};
+template <>
+struct Storage<HAL_F32> {
+  typedef float type;
+};
+template <int F>
+using Stored = typename Storage<F>::type;
+
+#if HAL_LEVEL >= HAL_LEVEL_AVX512
+
+typedef __m512 vf;
+typedef __m512i vi;
+typedef __mmask16 vm;
+
+HAL_INLINE vf set1(float x) { return _mm512_set1_ps(x); }
+HAL_INLINE vf add(vf a, vf b) { return _mm512_add_ps(a, b); }
+HAL_INLINE vf sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+HAL_INLINE vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+HAL_INLINE vf div(vf a, vf b) { return _mm512_div_ps(a, b); }
+HAL_INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+HAL_INLINE vf min(vf a, vf b) { return _mm512_min_ps(a, b); }
+HAL_INLINE vf max(vf a, vf b) { return _mm512_max_ps(a, b); }
+HAL_INLINE vf rne(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | 8); }
+HAL_INLINE vm lt(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+HAL_INLINE vm eq(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+HAL_INLINE vm both(vm a, vm b) { return a & b; }
+HAL_INLINE vf select(vm m, vf a, vf b) { return _mm512_mask_blend_ps(m, b, a); }
+HAL_INLINE float first(vf a) { return _mm512_cvtss_f32(a); }
+
+HAL_INLINE __m256i to_half(vf a, int f) {
+  if (f == HAL_F16) return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | 8);
+  const __m512i u = _mm512_castps_si512(a);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q),
+                            _mm512_set1_epi32(0x7fc00000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
+}
+
+HAL_INLINE vf from_half(__m256i h, int f) {
+  if (f == HAL_F16) return _mm512_cvtph_ps(h);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+
+template <int F>
+HAL_INLINE vf load(const Stored<F>* p) {
+  if constexpr (F == HAL_F32) return _mm512_loadu_ps(p);
+  else return from_half(_mm256_loadu_si256((const __m256i*)p), F);
+}
+
+template <int F>
+HAL_INLINE void store(Stored<F>* p, vf a) {
+  if constexpr (F == HAL_F32) _mm512_storeu_ps(p, a);
+  else _mm256_storeu_si256((__m256i*)p, to_half(a, F));
+}
+
+HAL_INLINE vf load_codes(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+HAL_INLINE void store_codes(uint8_t* p, vf a) {
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a)));
+}
+
+HAL_INLINE __m256 halves_added(vf a) {
+  return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+}
+
+#elif HAL_LEVEL == HAL_LEVEL_AVX2
+
+struct vf {
+  __m256 a, b;
+};
+struct vm {
+  __m256 a, b;
+};
+
+#define HAL_PAIR(name, op) \
+  HAL_INLINE vf name(vf x, vf y) { return {op(x.a, y.a), op(x.b, y.b)}; }
+HAL_PAIR(add, _mm256_add_ps)
+HAL_PAIR(sub, _mm256_sub_ps)
+HAL_PAIR(mul, _mm256_mul_ps)
+HAL_PAIR(div, _mm256_div_ps)
+HAL_PAIR(min, _mm256_min_ps)
+HAL_PAIR(max, _mm256_max_ps)
+#undef HAL_PAIR
+
+HAL_INLINE vf set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+HAL_INLINE vf fma(vf x, vf y, vf z) {
+  return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+HAL_INLINE vf rne(vf x) {
+  return {_mm256_round_ps(x.a, _MM_FROUND_TO_NEAREST_INT | 8),
+          _mm256_round_ps(x.b, _MM_FROUND_TO_NEAREST_INT | 8)};
+}
+HAL_INLINE vm lt(vf x, vf y) {
+  return {_mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ)};
+}
+HAL_INLINE vm eq(vf x, vf y) {
+  return {_mm256_cmp_ps(x.a, y.a, _CMP_EQ_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_EQ_OQ)};
+}
+HAL_INLINE vm both(vm x, vm y) { return {_mm256_and_ps(x.a, y.a), _mm256_and_ps(x.b, y.b)}; }
+HAL_INLINE vf select(vm m, vf x, vf y) {
+  return {_mm256_blendv_ps(y.a, x.a, m.a), _mm256_blendv_ps(y.b, x.b, m.b)};
+}
+HAL_INLINE float first(vf x) { return _mm256_cvtss_f32(x.a); }
+
+HAL_INLINE __m256i bf16_words(__m256 a) {
+  const __m256i u = _mm256_castps_si256(a);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i r = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  return _mm256_srli_epi32(_mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc00000), nan), 16);
+}
+
+HAL_INLINE __m256i to_half(vf x, int f) {
+  if (f == HAL_F16) {
+    return _mm256_set_m128i(_mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT | 8),
+                            _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT | 8));
+  }
+  return _mm256_permute4x64_epi64(_mm256_packus_epi32(bf16_words(x.a), bf16_words(x.b)), 0xd8);
+}
+
+HAL_INLINE vf from_half(__m256i h, int f) {
+  const __m128i low = _mm256_castsi256_si128(h), high = _mm256_extracti128_si256(h, 1);
+  if (f == HAL_F16) return {_mm256_cvtph_ps(low), _mm256_cvtph_ps(high)};
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(low), 16)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(high), 16))};
+}
+
+template <int F>
+HAL_INLINE vf load(const Stored<F>* p) {
+  if constexpr (F == HAL_F32) return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
+  else return from_half(_mm256_loadu_si256((const __m256i*)p), F);
+}
+
+template <int F>
+HAL_INLINE void store(Stored<F>* p, vf x) {
+  if constexpr (F == HAL_F32) {
+    _mm256_storeu_ps(p, x.a);
+    _mm256_storeu_ps(p + 8, x.b);
+  } else {
+    _mm256_storeu_si256((__m256i*)p, to_half(x, F));
+  }
+}
+
+HAL_INLINE vf load_codes(const uint8_t* p) {
+  const __m128i c = _mm_loadu_si128((const __m128i*)p);
+  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(c)),
+          _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(c, 8)))};
+}
+HAL_INLINE void store_codes(uint8_t* p, vf x) {
+  const __m256i w = _mm256_permute4x64_epi64(
+      _mm256_packus_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)), 0xd8);
+  _mm_storeu_si128((__m128i*)p, _mm_packus_epi16(_mm256_castsi256_si128(w),
+                                                 _mm256_extracti128_si256(w, 1)));
+}
+
+HAL_INLINE __m256 halves_added(vf x) { return _mm256_add_ps(x.a, x.b); }
+
+#else
+
+typedef float vf __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef vi vm;
+
+HAL_INLINE vf set1(float x) { return vf{} + x; }
+HAL_INLINE vf add(vf a, vf b) { return a + b; }
+HAL_INLINE vf sub(vf a, vf b) { return a - b; }
+HAL_INLINE vf mul(vf a, vf b) { return a * b; }
+HAL_INLINE vf div(vf a, vf b) { return a / b; }
+HAL_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
+HAL_INLINE vm lt(vf a, vf b) { return a < b; }
+HAL_INLINE vm eq(vf a, vf b) { return a == b; }
+HAL_INLINE vm both(vm a, vm b) { return a & b; }
+HAL_INLINE vf select(vm m, vf a, vf b) { return m ? a : b; }
+HAL_INLINE vf min(vf a, vf b) { return select(a < b, a, b); }
+HAL_INLINE vf max(vf a, vf b) { return select(a > b, a, b); }
+HAL_INLINE float first(vf a) { return a[0]; }
+
+// Below 2^23 adding and taking away 2^23 rounds to an integer, half to even; above, x is one.
+HAL_INLINE vf rne(vf x) {
+  const vi sign = (vi)x & (int32_t)0x80000000;
+  const vf size = (vf)((vi)x ^ sign);
+  const vf rounded = (vf)((vi)((size + 8388608.0f) - 8388608.0f) | sign);
+  return select(size < set1(8388608.0f), rounded, x);
+}
+
+HAL_INLINE uint16_t to_bf16(float x) {
+  const uint32_t u = bits_as<uint32_t>(x);
+  return x != x ? 0x7fc0 : (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+// Round half to even into 5 + 10 bits: subnormals by adding 0.5 (whose ulp is 2^-24), the rest by
+// adding half an ulp to the bits; 65520 and more become infinity.
+HAL_INLINE uint16_t to_f16(float x) {
+  const uint32_t u = bits_as<uint32_t>(x), sign = u >> 16 & 0x8000, size = u & 0x7fffffff;
+  if (size > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+  if (size >= 0x477ff000) return (uint16_t)(sign | 0x7c00);
+  if (size < 0x38800000) {
+    const float shifted = bits_as<float>(size) + 0.5f;
+    return (uint16_t)(sign | (bits_as<uint32_t>(shifted) - 0x3f000000));
+  }
+  return (uint16_t)(sign | ((size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13));
+}
+
+HAL_INLINE float from_f16(uint16_t h) {
+  const uint32_t sign = (uint32_t)(h & 0x8000) << 16, size = h & 0x7fff;
+  if (size >= 0x7c00) return bits_as<float>(sign | 0x7f800000 | (size & 0x3ff) << 13);
+  const float x = bits_as<float>(size << 13) * bits_as<float>(0x77800000u);  // * 2^112
+  return bits_as<float>(sign | bits_as<uint32_t>(x));
+}
+
+template <int F>
+HAL_INLINE vf load(const Stored<F>* p) {
+  vf x;
+  if constexpr (F == HAL_F32) {
+    __builtin_memcpy(&x, p, 64);
+  } else {
+    for (int i = 0; i < 16; i++) {
+      x[i] = F == HAL_F16 ? from_f16(p[i]) : bits_as<float>((uint32_t)p[i] << 16);
+    }
+  }
+  return x;
+}
+
+template <int F>
+HAL_INLINE void store(Stored<F>* p, vf x) {
+  if constexpr (F == HAL_F32) {
+    __builtin_memcpy(p, &x, 64);
+  } else {
+    for (int i = 0; i < 16; i++) p[i] = F == HAL_F16 ? to_f16(x[i]) : to_bf16(x[i]);
+  }
+}
+
+HAL_INLINE vf load_codes(const uint8_t* p) {
+  vf x;
+  for (int i = 0; i < 16; i++) x[i] = (float)p[i];
+  return x;
+}
+HAL_INLINE void store_codes(uint8_t* p, vf x) {
+  for (int i = 0; i < 16; i++) p[i] = (uint8_t)(int32_t)x[i];
+}
+
+#endif
+
+// Sum of the lanes, folded 8, 4, 2, 1: part of the numeric contract.
+HAL_INLINE float fold(vf x) {
+#if HAL_LEVEL >= HAL_LEVEL_AVX2
+  const __m256 h = halves_added(x);
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+#else
+  float a[16];
+  __builtin_memcpy(a, &x, 64);
+  for (int half = 8; half; half /= 2) {
+    for (int i = 0; i < half; i++) a[i] += a[i + half];
+  }
+  return a[0];
+#endif
+}
+
+// The first n < 16 elements, the other lanes zero.
+template <int F>
+HAL_INLINE vf load_n(const Stored<F>* p, int64_t n) {
+  if (n >= 16) return load<F>(p);
+  Stored<F> part[16] = {};
+  for (int64_t i = 0; i < n; i++) part[i] = p[i];
+  return load<F>(part);
+}
+
+template <int F>
+HAL_INLINE void store_n(Stored<F>* p, vf x, int64_t n) {
+  if (n >= 16) return store<F>(p, x);
+  Stored<F> part[16];
+  store<F>(part, x);
+  for (int64_t i = 0; i < n; i++) p[i] = part[i];
+}
+
+HAL_INLINE vf load_codes_n(const uint8_t* p, int64_t n) {
+  if (n >= 16) return load_codes(p);
+  uint8_t part[16] = {};
+  for (int64_t i = 0; i < n; i++) part[i] = p[i];
+  return load_codes(part);
+}
+
+HAL_INLINE void store_codes_n(uint8_t* p, vf x, int64_t n) {
+  if (n >= 16) return store_codes(p, x);
+  uint8_t part[16];
+  store_codes(part, x);
+  for (int64_t i = 0; i < n; i++) p[i] = part[i];
+}
+
+// x after a round trip through a storage dtype.
+HAL_INLINE float rounded(float x, int f) {
+  if (f == HAL_F32) return x;
+  uint16_t h[16];
+  if (f == HAL_BF16) {
+    store<HAL_BF16>(h, set1(x));
+    return first(load<HAL_BF16>(h));
+  }
+  store<HAL_F16>(h, set1(x));
+  return first(load<HAL_F16>(h));
+}
+
+HAL_INLINE void store_float(void* p, int64_t i, float x, int f) {
+  if (f == HAL_F32) {
+    ((float*)p)[i] = x;
+    return;
+  }
+  uint16_t h[16];
+  if (f == HAL_BF16) store<HAL_BF16>(h, set1(x));
+  else store<HAL_F16>(h, set1(x));
+  ((uint16_t*)p)[i] = h[0];
+}
+
+HAL_INLINE vf load_any(const void* p, int64_t i, int64_t n, int f) {
+  if (f == HAL_F32) return load_n<HAL_F32>((const float*)p + i, n);
+  if (f == HAL_BF16) return load_n<HAL_BF16>((const uint16_t*)p + i, n);
+  return load_n<HAL_F16>((const uint16_t*)p + i, n);
+}
+
+// Calls f with the dtype as a compile-time constant.
+template <int F>
+struct Float {
+  static const int value = F;
+};
+template <class Fn>
+HAL_INLINE void by_dtype(int dtype, Fn f) {
+  if (dtype == HAL_F32) f(Float<HAL_F32>());
+  else if (dtype == HAL_BF16) f(Float<HAL_BF16>());
+  else f(Float<HAL_F16>());
+}
+
+}  // namespace

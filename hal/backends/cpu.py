@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CPU kernels written in C++ (csrc/): one table per instruction set, chosen at run time."""
+
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hal import codec, config
+from hal import layout as file_layouts
+from hal.layout import Layout, Parts
+from hal.plan import Weight
+from hal.qtensor import Params
+from hal.registry import Caps, Case, Kernel
+from hal.spec import Spec
+
+KIND = "cpu"
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FILE_LAYOUTS = {"gptq": 0, "gptq_raw": 0, "awq": 1}
+TILE = 64
+
+
+@cache
+def _import() -> ModuleType | str:
+    try:
+        from hal import _cpu
+    except ImportError as error:
+        return f"hal._cpu not built: {error}"
+    return _cpu
+
+
+def probe() -> str | None:
+    module = _import()
+    return module if isinstance(module, str) else None
+
+
+def native() -> ModuleType:
+    """The native module. Raises RuntimeError with the reason when it is missing."""
+    module = _import()
+    if isinstance(module, str):
+        raise RuntimeError(module)
+    return module
+
+
+@cache
+def isas() -> tuple[str, ...]:
+    """Instruction sets of this machine that have kernels, best first."""
+    return tuple(native().isas())
+
+
+def isa() -> int:
+    """Index into `isas` of the one to use. Raises ValueError if HAL_ISA names another."""
+    name = config.isa()
+    if not name:
+        return 0
+    if name not in isas():
+        raise ValueError(f"HAL_ISA={name}: this machine has {', '.join(isas())}")
+    return isas().index(name)
+
+
+def caps(index: int) -> Caps:
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Caps(KIND, _model(), isas()[0], frozenset(isas()), os.cpu_count() or 1, pages)
+
+
+def _model() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else "CPU"
+
+
+@cache
+def _shape(spec: Spec, n: int, k: int, dtype: torch.dtype) -> object:
+    least = float(torch.tensor(spec.min_scale, dtype=spec.scale_dtype))
+    scale = DTYPES[spec.scale_dtype]
+    return native().Shape(
+        n, k, spec.width(k), spec.bits, spec.symmetric, DTYPES[dtype], scale, least
+    )
+
+
+def _at(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _params(p: Params) -> object:
+    return native().Params(_at(p.v), _at(p.lo), _at(p.hi), _at(p.amin), _at(p.amax))
+
+
+def _search(
+    w: Tensor, spec: Spec, importance: Tensor | None, grid: int, amin: Tensor, amax: Tensor
+) -> None:
+    shape = _shape(spec, *w.shape, w.dtype)
+    factors = torch.tensor(codec.search_factors(grid) if grid > 1 else [], dtype=torch.float32)
+    weights = None if importance is None else importance.contiguous()
+    native().search(
+        isa(),
+        shape,
+        _at(w),
+        _at(weights),
+        _at(factors),
+        len(factors),
+        _at(amin),
+        _at(amax),
+        torch.get_num_threads(),
+    )
+
+
+def _qdq(w: Tensor, p: Params, spec: Spec, out: Tensor) -> None:
+    shape = _shape(spec, *w.shape, w.dtype)
+    native().qdq(isa(), shape, _at(w), _params(p), _at(out), torch.get_num_threads())
+
+
+def _qdq_step(
+    p: Params, w: Tensor, grad: Tensor, spec: Spec, lr_v: float, lr_range: float
+) -> None:
+    shape, threads = _shape(spec, *w.shape, w.dtype), torch.get_num_threads()
+    native().qdq_step(
+        isa(), shape, _at(w), _at(grad), DTYPES[grad.dtype], _params(p), lr_v, lr_range, threads
+    )
+
+
+def _quantize(w: Tensor, p: Params, spec: Spec, parts: Parts) -> None:
+    shape, threads = _shape(spec, *w.shape, w.dtype), torch.get_num_threads()
+    native().quantize(isa(), shape, _at(w), _params(p), *_plain(parts), threads)
+
+
+def _dequantize(parts: Parts, spec: Spec, out: Tensor) -> None:
+    shape = _shape(spec, *out.shape, out.dtype)
+    parts = {name: t.contiguous() for name, t in parts.items()}
+    native().dequantize(isa(), shape, *_plain(parts), _at(out), torch.get_num_threads())
+
+
+def _plain(parts: Parts) -> tuple[int, int, int]:
+    return _at(parts["codes"]), _at(parts["scale"]), _at(parts.get("zero"))
+
+
+def _pack(parts: Parts, spec: Spec, shape: tuple[int, int], layout: str) -> Parts:
+    """Codes natively; scales and zero points, a hundredth of the bytes, as the reference does."""
+    n, k = shape
+    codes = parts["codes"].contiguous()
+    packed = file_layouts.LAYOUTS[layout].pack({**parts, "codes": codes[:, :32]}, spec)
+    rows, columns = (k * spec.bits // 32, n) if layout != "awq" else (k, n // 8)
+    packed["qweight"] = torch.empty(rows, columns, dtype=torch.int32)
+    _repack(True, spec, shape, layout, codes, packed["qweight"])
+    return packed
+
+
+def _unpack(parts: Parts, spec: Spec, shape: tuple[int, int], layout: str) -> Parts:
+    words = parts["qweight"].contiguous()
+    few = {**parts, "qweight": words[: spec.bits]}
+    plain = file_layouts.LAYOUTS[layout].unpack(few, spec, shape)
+    plain["codes"] = torch.empty(shape, dtype=torch.uint8)
+    _repack(False, spec, shape, layout, plain["codes"], words)
+    return plain
+
+
+def _repack(
+    pack: bool, spec: Spec, shape: tuple[int, int], layout: str, codes: Tensor, words: Tensor
+) -> None:
+    at = (_at(codes), _at(words))
+    args = (_shape(spec, *shape, torch.float32), FILE_LAYOUTS[layout], *at, torch.get_num_threads())
+    native().repack(isa(), pack, *args)
+
+
+def _file_layout(case: Case) -> str | None:
+    return None if case.layout in FILE_LAYOUTS else f"no native packing of layout {case.layout}"
+
+
+# ---- qgemm: the weight in tiles of 64 output columns (csrc/README.md)
+
+
+def _tiles(parts: Parts, spec: Spec, shape: tuple[int, int], dtype: torch.dtype) -> object:
+    return native().Tiles(_shape(spec, *shape, dtype), *_plain(parts))
+
+
+def _tile(parts: Parts, spec: Spec) -> Parts:
+    parts = {name: t.contiguous() for name, t in parts.items()}
+    n, k = parts["codes"].shape
+    tiles, groups = -(-n // TILE), spec.groups(k)
+    empty = native().Tiles(_shape(spec, n, k, torch.float32), 0, 0, 0)
+    tiled = {
+        "codes": torch.empty(empty.code_bytes(), dtype=torch.uint8),
+        "scale": torch.zeros(tiles, groups, TILE, dtype=spec.scale_dtype),
+    }
+    if not spec.symmetric:
+        tiled["zero"] = torch.zeros(tiles, groups, TILE, dtype=torch.uint8)
+    handle = native().Tiles(_shape(spec, n, k, torch.float32), *_plain(tiled))
+    handle.fill(isa(), *_plain(parts), torch.get_num_threads())
+    return tiled
+
+
+def _untile(parts: Parts, spec: Spec, shape: tuple[int, int]) -> Parts:
+    groups = (shape[0], spec.groups(shape[1]))
+    plain = {
+        "codes": torch.empty(shape, dtype=torch.uint8),
+        "scale": torch.empty(groups, dtype=spec.scale_dtype),
+    }
+    if not spec.symmetric:
+        plain["zero"] = torch.empty(groups, dtype=torch.uint8)
+    handle = native().Tiles(_shape(spec, *shape, torch.float32), *_plain(parts))
+    handle.read(isa(), *_plain(plain), torch.get_num_threads())
+    return plain
+
+
+def _bound(weight: Weight) -> tuple[ModuleType, int]:
+    """The native weight and the instruction set, looked up once per weight."""
+    if weight.handle is None:
+        tiles = native().Tiles(
+            _shape(weight.spec, *weight.shape, weight.dtype), *_plain(weight.parts)
+        )
+        weight.handle = (tiles, isa())
+    handle: tuple[ModuleType, int] = weight.handle
+    return handle
+
+
+def _qgemm(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor) -> None:
+    tiles, level = _bound(weight)
+    at, dtype = (0, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype])
+    tiles.gemm(
+        level, x.data_ptr(), x.shape[0], at, dtype, out.data_ptr(), torch.get_num_threads()
+    )
+
+
+def _qgemm_grouped(x: Tensor, weight: Weight, offsets: Tensor, out: Tensor) -> None:
+    tiles, level = _bound(weight)
+    args = (x.data_ptr(), offsets.data_ptr(), weight.experts, out.data_ptr())
+    tiles.gemm_grouped(level, *args, torch.get_num_threads())
+
+
+LAYOUTS = (Layout("cpu.tiles", lambda spec, n, k: None, _tile, _untile),)
+
+KERNELS = (
+    Kernel("cpu.search", "search", _search),
+    Kernel("cpu.qdq", "qdq", _qdq),
+    Kernel("cpu.qdq_step", "qdq_step", _qdq_step),
+    Kernel("cpu.quantize", "quantize", _quantize),
+    Kernel("cpu.dequantize", "dequantize", _dequantize),
+    Kernel("cpu.pack", "pack", _pack, _file_layout),
+    Kernel("cpu.unpack", "unpack", _unpack, _file_layout),
+    Kernel("cpu.qgemm", "qgemm", _qgemm, layout="cpu.tiles"),
+    Kernel("cpu.qgemm_grouped", "qgemm_grouped", _qgemm_grouped, layout="cpu.tiles"),
+)
