@@ -144,15 +144,22 @@ class StreamedModel:
                 f"{type(self.model).__name__}; download it again, or correct config.json"
             )
         for name, home in self._homes.items():
-            if home.recipe != "copy":
-                continue
-            key, want = home.keys[0], tuple(self._targets[name].shape)
-            if len(home.keys) > 1:
-                raise InputError(f"{where}: {key} and {home.keys[1]} both claim {name}; {AGAIN}")
-            if (got := self.checkpoint.entries[key].shape) != want:
-                raise InputError(
-                    f"{where}: {key} has shape {got}, config.json asks for {want}; {AGAIN}"
-                )
+            shape = tuple(self._targets[name].shape)
+            if reason := self._misfit(home, shape):
+                raise InputError(f"{where}: {name} wants shape {shape}, but {reason}; {AGAIN}")
+
+    def _misfit(self, home: compat.Source, shape: tuple[int, ...]) -> str | None:
+        """Why these checkpoint tensors cannot make a tensor of this shape, as far as names tell."""
+        if home.recipe == "other":
+            return None
+        count = shape[0] if home.recipe.startswith("experts") else 1
+        for group in home.groups:
+            if len(group) != count:
+                return f"the checkpoint has {len(group)} tensors such as {home.keys[0]} for it"
+        got = self.checkpoint.entries[home.keys[0]].shape
+        if home.recipe == "copy" and got != shape:
+            return f"{home.keys[0]} has {got}"
+        return None
 
 
 def _own_dtype(config: Any, checkpoint: Checkpoint) -> torch.dtype:

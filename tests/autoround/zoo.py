@@ -40,6 +40,20 @@ MLA: dict[str, Any] = {
 }
 OPT: dict[str, Any] = {"ffn_dim": 96, "word_embed_proj_dim": 64, "tie_word_embeddings": True}
 GPT2: dict[str, Any] = {"n_embd": 64, "n_head": 4, "n_layer": 3, "n_positions": 64}
+ZAMBA2: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+    "hybrid_layer_ids": [1, 3],
+    "mamba_d_state": 8,
+    "mamba_headdim": 16,
+    "n_mamba_heads": 8,
+    "mamba_ngroups": 1,
+    "num_mem_blocks": 1,
+    "adapter_rank": 8,
+    "use_mem_rope": True,
+    "attention_head_dim": 32,
+    "chunk_size": 8,
+}
 TIED: dict[str, Any] = {"tie_word_embeddings": True}
 
 # name -> (model class, overrides of BASE)
@@ -56,6 +70,7 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("BloomForCausalLM", {"n_layer": 3, "n_head": 4} | TIED),
     "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": ("Qwen3MoeForCausalLM", EXPERTS | {"head_dim": 16, "decoder_sparse_step": 1}),
+    "zamba2": ("Zamba2ForCausalLM", ZAMBA2 | TIED),  # one transformer shared by two blocks
     "deepseek_v3": ("DeepseekV3ForCausalLM", EXPERTS | MLA),
 }
 
@@ -77,8 +92,25 @@ def build(name: str, overrides: dict[str, Any] | None = None) -> Any:
     return model
 
 
-def save(name: str, path: Path, shard: str = "5GB", overrides: dict[str, Any] | None = None) -> Any:
-    """Build and save; returns the model."""
-    model = build(name, overrides)
-    model.save_pretrained(path, max_shard_size=shard)
-    return model
+def save(
+    name: str,
+    path: Path,
+    shard: str = "5GB",
+    overrides: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Build, cast and save; returns the path."""
+    build(name, overrides).to(dtype).save_pretrained(path, max_shard_size=shard)
+    return path
+
+
+def plain(name: str, path: Path) -> Any:
+    """The saved model loaded by transformers itself."""
+    return getattr(transformers, ZOO[name][0]).from_pretrained(path).eval()
+
+
+def tokens(samples: int, length: int = 12, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    """Random inputs of one row each."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(3, BASE["vocab_size"], (samples, length), generator=generator)
+    return [{"input_ids": row[None]} for row in rows]
