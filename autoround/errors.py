@@ -3,4 +3,4 @@
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; the message is one line with the value and the remedy."""
+    """What the user gave cannot be used; the message is one line: the value and the remedy."""

@@ -2,9 +2,10 @@
 """Device layer: uniform quantize, pack and dequant-GEMM verbs over swappable kernels."""
 
 from hal.device import Device, devices
-from hal.nn import QLinear
+from hal.nn import QExperts, QLinear
 from hal.ops import (
     dequantize,
+    describe,
     pack,
     prepare,
     qdq,
@@ -13,11 +14,12 @@ from hal.ops import (
     qgemm_grouped,
     quantize,
     quantize_act,
+    refuse,
     restore,
     search,
 )
 from hal.plan import Weight
-from hal.qtensor import Params, QTensor
+from hal.qtensor import Params, Part, QTensor
 from hal.registry import Caps, Case, Kernel, Unsupported, explain
 from hal.spec import Act, Spec
 
@@ -28,12 +30,15 @@ __all__ = [
     "Device",
     "Kernel",
     "Params",
+    "Part",
+    "QExperts",
     "QLinear",
     "QTensor",
     "Spec",
     "Unsupported",
     "Weight",
     "dequantize",
+    "describe",
     "devices",
     "explain",
     "pack",
@@ -44,6 +49,7 @@ __all__ = [
     "qgemm_grouped",
     "quantize",
     "quantize_act",
+    "refuse",
     "restore",
     "search",
 ]

@@ -1,51 +1,88 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A linear layer over `hal.qgemm`, for runtimes that want modules."""
+"""Modules over `hal.qgemm`, for runtimes that think in modules."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from hal.ops import prepare, qgemm
+from hal.ops import prepare, qgemm, qgemm_grouped, restore
 from hal.plan import Weight
 from hal.qtensor import QTensor
 
 
-class QLinear(nn.Module):
-    """``y = x @ w.T + bias`` with a quantized ``w [N, K]``.
+def _for_input(w: Weight, x: Tensor) -> Weight:
+    """The weight itself, or prepared anew when the device or the dtype of the input changed."""
+    if w.dtype == x.dtype and w.device == x.device:
+        return w
+    return prepare(restore(w), dtype=x.dtype, device=x.device)
 
-    Born holding the tensors of a file layout as buffers (so that any loader can fill them); the
-    first forward, or `ready`, turns them into a `Weight` for the activations' dtype and device and
-    frees them.
+
+class QLinear(nn.Module):
+    """``y = x @ w.T + bias`` with a quantized ``w [N, K]``; `load` gives it the weight.
+
+    The weight lives in kernel layout only and is no parameter: ``state_dict`` holds the bias alone.
     """
 
-    def __init__(self, empty: QTensor, bias: bool, dtype: torch.dtype) -> None:
+    def __init__(self, n: int, k: int, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
-        self.spec, self.shape, self.layout = empty.spec, empty.shape, empty.layout
-        self.out_features, self.in_features = empty.shape
-        self.weight_ready: Weight | None = None
-        for name, tensor in empty.parts.items():
-            self.register_buffer(name, tensor)
-        self.part_names = tuple(empty.parts)
-        self.bias: Tensor | None
-        self.register_buffer("bias", torch.empty(self.out_features, dtype=dtype) if bias else None)
+        self.out_features, self.in_features = n, k
+        self.weight: Weight | None = None
+        empty = nn.Parameter(torch.empty(n, dtype=dtype), requires_grad=False) if bias else None
+        self.register_parameter("bias", empty)
 
-    def qtensor(self) -> QTensor:
-        """The weight as it lies in the buffers."""
-        parts = {name: self.get_buffer(name) for name in self.part_names}
-        return QTensor(self.spec, self.shape, self.layout, parts)
-
-    def ready(self, dtype: torch.dtype) -> Weight:
-        """Prepare once for ``dtype``; the file-layout buffers are freed."""
-        if self.weight_ready is None:
-            self.weight_ready = prepare(self.qtensor(), dtype=dtype)
-            for name in self.part_names:
-                setattr(self, name, None)
-        return self.weight_ready
+    def load(self, q: QTensor, dtype: torch.dtype) -> None:
+        """Prepare ``q [N, K]`` for activations of ``dtype`` on its own device."""
+        self.weight = prepare(q, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        w = self.weight_ready
-        return qgemm(x, w if w is not None else self.ready(x.dtype), self.bias)
+        """``x [..., K] -> [..., N]``."""
+        assert self.weight is not None, "QLinear.load() comes first"
+        self.weight = _for_input(self.weight, x)
+        return qgemm(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        rows = self.weight_ready.kernels if self.weight_ready else ()
-        names = ", ".join(dict.fromkeys(row.name for _, row in rows)) or self.layout
-        return f"{self.in_features} -> {self.out_features}, {self.spec}, {names}"
+        return (
+            _describe(self.weight) if self.weight else f"{self.in_features} -> {self.out_features}"
+        )
+
+
+class QExperts(nn.Module):
+    """Routed experts ``down(act(gate_up(x)))`` over two grouped weights, tokens sorted by expert.
+
+    ``act``: ``[T, 2 I] -> [T, I]`` (or ``[T, I] -> [T, I]`` without a gate).
+    """
+
+    def __init__(self, experts: int, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.experts, self.act = experts, act
+        self.up: Weight | None = None
+        self.down: Weight | None = None
+
+    def load(self, up: QTensor, down: QTensor, dtype: torch.dtype) -> None:
+        """``up [E * 2 I, K]`` (gate rows before up rows of each expert) and ``down [E * K, I]``."""
+        self.up, self.down = prepare(up, dtype=dtype), prepare(down, dtype=dtype)
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """``x [T, K]``; ``index``, ``weights [T, k]``: each token's experts and their shares."""
+        assert self.up is not None, "QExperts.load() comes first"
+        assert self.down is not None
+        self.up, self.down = _for_input(self.up, x), _for_input(self.down, x)
+        order = index.flatten().argsort(stable=True)
+        tokens = order // index.shape[1]
+        counts = torch.bincount(index.flatten(), minlength=self.experts)[: self.experts]
+        offsets = torch.zeros(self.experts + 1, dtype=torch.int32, device=x.device)
+        offsets[1:] = counts.cumsum(0)
+        used = int(offsets[-1])  # an index of E means "no expert" and sorts last
+        order, tokens = order[:used], tokens[:used]
+        inner = self.act(qgemm_grouped(x[tokens], self.up, offsets))
+        y = qgemm_grouped(inner, self.down, offsets) * weights.flatten()[order, None]
+        return torch.zeros_like(x).index_add_(0, tokens, y.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        return ", ".join(_describe(w) for w in (self.up, self.down) if w)
+
+
+def _describe(w: Weight) -> str:
+    names = ", ".join(dict.fromkeys(row.name for _, row in w.kernels))
+    return f"{list(w.shape)}, {w.spec}, {names}"

@@ -12,7 +12,7 @@ from hal import device as devices
 from hal.backends import native_layout
 from hal.layout import LAYOUTS
 from hal.plan import Weight, plan
-from hal.qtensor import Params, QTensor
+from hal.qtensor import Params, Part, QTensor
 from hal.registry import Case, Kernel, Unsupported, bucket, select
 from hal.spec import Act, Spec
 
@@ -97,6 +97,25 @@ def pack(q: QTensor, layout: str) -> QTensor:
     if q.layout != "plain":
         q = q.with_parts("plain", _repack("unpack", q, q.layout))
     return q if layout == "plain" else q.with_parts(layout, _repack("pack", q, layout))
+
+
+def refuse(spec: Spec, shape: tuple[int, int], layout: str) -> str | None:
+    """Why a file layout cannot hold an ``[N, K]`` weight of this spec, or None."""
+    return LAYOUTS[layout].fits(spec, *shape)
+
+
+def describe(spec: Spec, shape: tuple[int, int], layout: str) -> dict[str, Part]:
+    """Dtype and shape of every part of an ``[N, K]`` weight in a file layout; allocates nothing."""
+    n, k = shape
+    groups = (n, spec.groups(k))
+    parts = {
+        "codes": torch.empty(n, k, dtype=torch.uint8, device="meta"),
+        "scale": torch.empty(groups, dtype=spec.scale_dtype, device="meta"),
+    }
+    if not spec.symmetric:
+        parts["zero"] = torch.empty(groups, dtype=torch.uint8, device="meta")
+    packed = pack(QTensor(spec, shape, "plain", parts), layout)
+    return {name: Part(t.dtype, tuple(t.shape)) for name, t in packed.parts.items()}
 
 
 def _repack(op: str, q: QTensor, layout: str) -> dict[str, Tensor]:

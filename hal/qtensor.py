@@ -1,12 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """The values that travel between the verbs: quantized matrices and tunable parameters."""
 
+import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hal.spec import Spec
+
+
+class Part(NamedTuple):
+    """Dtype and shape of one stored tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(slots=True)

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads auto-round checkpoints in transformers so that every packed layer runs on `hal.qgemm`.
+
+What is quantized is read from the shards' headers, never from the config's patterns: a layer with
+packed tensors gets a quantized module, every other layer stays as it is, and a packed layer without
+a home in the model is an error. The packed tensors bypass transformers' loader: they are read from
+the files straight into the kernels' layout.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.base import HfQuantizer
+
+from autoround.errors import InputError
+from autoround.integrations.packed import PARTS, PackedFiles, packed_files
+from autoround.models import compat
+from hal import QExperts, QLinear, QTensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Swap:
+    """A module to be quantized and, per weight in it, the packed modules it is made of."""
+
+    name: str
+    weights: dict[str, list[str]]
+
+
+class AutoroundQuantizer(HfQuantizer):  # type: ignore[misc]
+    """transformers' hooks around loading, for ``quant_method: auto-round``."""
+
+    requires_calibration = True
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to check: a device without kernels of its own is served by the reference."""
+        if not self.pre_quantized:
+            raise InputError("quantize with `autoround quantize`; from_pretrained only loads")
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not checkpoint_files:
+            raise InputError("a quantized model is loaded from a directory of safetensors files")
+        self._packed = packed_files(checkpoint_files, self.quantization_config.to_dict())
+        self._swaps = _find_homes(model, self._packed)
+        dtype = model.dtype
+        for swap in self._swaps:
+            _replace(model, swap, dtype)
+        ignored = {rf"\.({'|'.join(PARTS)}|g_idx)$"}
+        model._keys_to_ignore_on_load_unexpected = {
+            *(model._keys_to_ignore_on_load_unexpected or ()), *ignored,
+        }  # fmt: skip
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for swap in self._swaps:
+            module = model.get_submodule(swap.name)
+            read = {leaf: _stack(self._packed, names) for leaf, names in swap.weights.items()}
+            if isinstance(module, QExperts):
+                up, down = (q for _, q in sorted(read.items(), key=lambda kv: "down" in kv[0]))
+                module.load(
+                    _experts(up, module.experts), _experts(down, module.experts), model.dtype
+                )
+            else:
+                module.load(next(iter(read.values())), model.dtype)
+        return model
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    def is_serializable(self) -> bool:
+        """False: the kernels hold the only copy of the codes; copy the directory instead."""
+        return False
+
+
+def _find_homes(model: Any, packed: PackedFiles) -> list[_Swap]:
+    """The model's module for every packed module; InputError when one has none."""
+    keys = [f"{name}.weight" for name in packed.modules]
+    homes, lost = compat.sources(model, keys)
+    swaps: dict[str, _Swap] = {}
+    for target, source in homes.items():
+        name, _, leaf = target.rpartition(".")
+        swap = swaps.setdefault(name, _Swap(name, {}))
+        order = [key for row in zip(*source.groups, strict=True) for key in row]
+        swap.weights[leaf] = [key.removesuffix(".weight") for key in order]
+    head = {name for name in lost if "head" in name}
+    if rest := sorted(set(lost) - head):
+        raise InputError(
+            f"{len(rest)} packed layers have no home in {type(model).__name__}, first {rest[0]}; "
+            "load it with the class named in its config.json"
+        )
+    return list(swaps.values())
+
+
+def _replace(model: Any, swap: _Swap, dtype: torch.dtype) -> None:
+    """Put a quantized module in a float one's place, still without its weights."""
+    old = model.get_submodule(swap.name)
+    new: nn.Module
+    with torch.device("meta"):
+        if isinstance(old, nn.Linear):
+            new = QLinear(old.out_features, old.in_features, old.bias is not None, dtype)
+        elif compat.is_conv1d(old):
+            new = QLinear(old.nf, old.weight.shape[0], True, dtype)
+        elif len(swap.weights) == 2:
+            new = QExperts(old.num_experts, _gate(old))
+        else:
+            raise InputError(f"{swap.name} ({type(old).__name__}) cannot be run quantized yet")
+    path, _, leaf = swap.name.rpartition(".")
+    parent = model.get_submodule(path)
+    setattr(parent, leaf, new.eval())
+    # GPT-2's _init_weights reaches for parent.c_proj.weight; neither has anything left to initialise.
+    parent._is_hf_initialized = new._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def _gate(old: Any) -> Any:
+    """The experts' own activation, bound to a copy of their settings without the weights."""
+    settings = {k: v for k, v in vars(old).items() if not k.startswith("_")}
+    blank = type(old).__new__(type(old))
+    nn.Module.__init__(blank)
+    for name, value in settings.items():
+        setattr(blank, name, value)
+    blank.act_fn = old.act_fn
+    return blank._apply_gate if getattr(old, "has_gate", True) else blank.act_fn
+
+
+def _stack(packed: PackedFiles, names: Sequence[str]) -> QTensor:
+    """Modules stacked along N (one, the members of a fused weight, or all experts)."""
+    read = [packed.read(name) for name in names]
+    if len({q.spec for q in read}) > 1:
+        raise InputError(
+            f"{names[0]} and its siblings are packed differently; they need one scheme"
+        )
+    parts: dict[str, Tensor] = {
+        part: torch.cat([q.parts[part] for q in read]) if len(read) > 1 else tensor
+        for part, tensor in read[0].parts.items()
+    }
+    return QTensor(read[0].spec, (parts["codes"].shape[0], read[0].shape[1]), "plain", parts)
+
+
+def _experts(q: QTensor, experts: int) -> QTensor:
+    return QTensor(q.spec, q.shape, q.layout, q.parts, experts)

@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The block loop: read one block, tune it, write it packed, free it."""
+
+import contextlib
+import math
+import resource
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+import hal
+from autoround.artefact import (
+    check_output,
+    copy_kept,
+    output_directory,
+    write_companions,
+    write_config,
+    write_record,
+)
+from autoround.calib import TokenSet, load_tokens
+from autoround.errors import InputError
+from autoround.formats import ShardSink
+from autoround.models import (
+    Call,
+    Checkpoint,
+    PausedForwards,
+    Samples,
+    StreamedModel,
+    resolve,
+    split,
+    verify,
+)
+from autoround.plan import Layer, ModelPlan, make_plan
+from autoround.recipe import Recipe, shard_bytes
+from autoround.stages import BlockTask, LayerTask, Measure, Search, SignRound, Stage
+from autoround.stages.task import hidden
+
+
+class Progress(Protocol):
+    """What a run tells about itself."""
+
+    def planned(self, plan: ModelPlan) -> None: ...
+    def calibrated(self, tokens: TokenSet) -> None: ...
+    def block_started(self, index: int, name: str) -> None: ...
+    def step(self, t: int, loss: float) -> None: ...
+    def block_done(self, report: "BlockReport") -> None: ...
+
+
+class Silent:
+    """A run that tells nothing."""
+
+    def planned(self, plan: ModelPlan) -> None: ...
+    def calibrated(self, tokens: TokenSet) -> None: ...
+    def block_started(self, index: int, name: str) -> None: ...
+    def step(self, t: int, loss: float) -> None: ...
+    def block_done(self, report: "BlockReport") -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class BlockReport:
+    """One block's outcome. Losses are mean squared errors over all samples, NaN without data."""
+
+    index: int
+    name: str
+    loss_rtn: float
+    loss: float
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(slots=True)
+class Run:
+    """What a finished run leaves: the artefact's directory and how it came about."""
+
+    output: Path
+    plan: ModelPlan
+    tokens: TokenSet | None
+    progress: Progress
+    blocks: list[BlockReport] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def record(self, recipe: Recipe) -> dict[str, Any]:
+        """What decided the bytes of the output, and the losses; no times."""
+        used = self.tokens and {"digest": self.tokens.digest, "shape": [*self.tokens.ids.shape]}
+        losses = [{"name": b.name, "loss_rtn": b.loss_rtn, "loss": b.loss} for b in self.blocks]
+        return {
+            "recipe": recipe.to_json(),
+            "calibration": used,
+            "blocks": losses if self.tokens else [],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The model to quantize and the devices and trust given to it."""
+
+    model: str | Path
+    device: torch.device
+    trust_remote_code: bool = False
+
+
+def quantize(
+    recipe: Recipe,
+    source: Source,
+    output: Path,
+    *,
+    tokenizer: Any = None,
+    dataset: str | Iterable[Any] | None = None,
+    progress: Progress | None = None,
+) -> Run:
+    """Quantize a checkpoint into ``output`` (a new or empty directory).
+
+    ``dataset`` overrides the recipe's with Python objects; ``tokenizer`` the checkpoint's own.
+    Raises InputError before any work for input that cannot succeed; an exception later leaves
+    ``output`` as it was.
+    """
+    progress, started = progress or Silent(), time.perf_counter()
+    checkpoint = Checkpoint(resolve(str(source.model)))
+    check_output(output)
+    streamed = StreamedModel(
+        checkpoint, device=source.device, trust_remote_code=source.trust_remote_code
+    )
+    plan = make_plan(streamed, recipe)
+    progress.planned(plan)
+    given = recipe.dataset if dataset is None else dataset
+    tokens = _tokens(recipe, streamed, tokenizer, given) if recipe.iters else None
+    if tokens:
+        progress.calibrated(tokens)
+    checkpoint.scan_finite()
+    run = Run(output, plan, tokens, progress)
+    sink = ShardSink(output, plan.stored, shard_bytes(recipe.max_shard_size))
+    with output_directory(output):
+        with sink:
+            copy_kept(checkpoint, plan, sink)
+            _Engine(recipe, streamed, plan, sink, run).run(tokens)
+        write_companions(checkpoint, output)
+        write_record(plan, run.record(recipe), output)
+        write_config(checkpoint, plan, output)
+    run.seconds = time.perf_counter() - started
+    return run
+
+
+class _Engine:
+    """One run over all blocks."""
+
+    def __init__(
+        self, recipe: Recipe, streamed: StreamedModel, plan: ModelPlan, sink: ShardSink, run: Run
+    ) -> None:
+        self.recipe, self.streamed, self.plan, self.sink, self.out = (
+            recipe,
+            streamed,
+            plan,
+            sink,
+            run,
+        )
+        self.progress = run.progress
+        self.stages: tuple[Stage, ...] = (Search(),)
+        if recipe.iters:
+            self.stages = (Search(), Measure("loss_rtn"), _signround(recipe, run.progress.step))
+
+    def run(self, tokens: TokenSet | None) -> None:
+        if self.plan.head is not None:
+            self._head(self.plan.head)
+        if tokens is None:
+            for index in range(len(self.streamed.blocks.modules)):
+                with self._block(index) as task:
+                    self._run_stages(task)
+            return
+        self.streamed.load_outside_blocks()
+        rows = [row[None].to(self.streamed.device) for row in tokens.ids]
+        chains = 2 if self.recipe.enable_quanted_input else 1
+        inputs = [{"input_ids": row} for row in rows * chains]
+        last = len(self.streamed.blocks.modules) - 1
+        with PausedForwards(self.streamed.model, self.streamed.blocks.modules, inputs) as forwards:
+            for index, calls in forwards:
+                with self._block(index) as task:
+                    outputs = self._tune(task, calls, len(rows))
+                if index == last:
+                    break  # the model's head adds nothing that tuning needs
+                forwards.resume(outputs)
+
+    @contextlib.contextmanager
+    def _block(self, index: int) -> Iterator[BlockTask]:
+        """A materialised block as a task; packed, written and reported on leaving."""
+        started, name = time.perf_counter(), self.streamed.blocks.names[index]
+        self.progress.block_started(index, name)
+        layers = {_inside(layer, name): layer for layer in self.plan.blocks[index]}
+        with self.streamed.block(index) as module:
+            tasks = {key: _layer_task(layer, self.streamed) for key, layer in layers.items()}
+            task = BlockTask(index, module, tasks, self._amp)
+            yield task
+            for key, layer in layers.items():
+                self._write(layer, tasks[key])
+        rtn, loss = (task.report.get(key, math.nan) for key in ("loss_rtn", "loss"))
+        seconds = time.perf_counter() - started
+        report = BlockReport(index, name, rtn, loss, seconds, peak_bytes())
+        self.out.blocks.append(report)
+        self.progress.block_done(report)
+
+    def _run_stages(self, task: BlockTask) -> None:
+        for stage in self.stages:
+            stage.run(task)
+
+    def _tune(self, task: BlockTask, calls: Mapping[int, Call], n: int) -> dict[int, Any]:
+        """Tune on the quantized chain's inputs toward the float chain's outputs.
+
+        Inputs ``0 .. n-1`` are the float chain, ``n ..`` the quantized one (where there is one).
+        Returns what each waiting forward gets as its block's output.
+        """
+        floats = Samples({i: call for i, call in calls.items() if i < n})
+        quants = Samples({i - n: call for i, call in calls.items() if i >= n})
+        outputs = self._forward_all(task, floats, {})
+        task.y = {i: hidden(out) for i, out in outputs.items()}
+        task.x = tuned_on = quants if quants.indices else floats
+        self._run_stages(task)
+        rounded = self._forward_all(task, tuned_on, _dequantized(task))
+        task.report["loss"] = _mean_loss(rounded, task.y)
+        return outputs | {i + n: out for i, out in rounded.items() if quants.indices}
+
+    def _forward_all(
+        self, task: BlockTask, samples: Samples, weights: dict[str, Tensor]
+    ) -> dict[int, Any]:
+        """Block output of every sample, in the container the block returns."""
+        outputs: dict[int, Any] = {}
+        with torch.no_grad():
+            for batch in samples.batches(samples.indices, self.recipe.batch_size):
+                out = task.forward(samples.gather(batch), weights)
+                outputs |= dict(zip(batch, split(out, len(batch)), strict=True))
+        return outputs
+
+    def _amp(self) -> contextlib.AbstractContextManager[Any]:
+        """bf16 arithmetic for f32 models; other models compute in their own dtype."""
+        if self.streamed.dtype != torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.streamed.device.type, torch.bfloat16)
+
+    def _head(self, layer: Layer) -> None:
+        """The output projection: rounded to nearest, for want of a block to tune it in."""
+        name = layer.view.param.rpartition(".")[0]
+        self.streamed.load([name])
+        task = _layer_task(layer, self.streamed)
+        task.params = hal.search(task.w, layer.spec)
+        self._write(layer, task)
+        self.streamed.drop(self.streamed.model.get_submodule(name))
+
+    def _write(self, layer: Layer, task: LayerTask) -> None:
+        """Codes of one weight, cut into the checkpoint's modules, packed and put in the file."""
+        q = hal.quantize(task.w, task.ready, layer.spec)
+        if not torch.isfinite(q.parts["scale"]).all():
+            raise InputError(
+                f"{layer.view.param}: a scale exceeds {layer.spec.scale}; "
+                "leave the layer out with --ignore-layers"
+            )
+        for part in layer.view.parts:
+            packed = hal.pack(q.rows(*part.rows), self.plan.packing.layout)
+            for local, tensor in packed.parts.items():
+                self.sink.put(f"{part.module}.{local}", tensor)
+
+
+def _signround(recipe: Recipe, on_step: Callable[[int, float], None]) -> SignRound:
+    def minmax_lr(bits: int) -> float:
+        if not recipe.enable_minmax_tuning:
+            return 0.0
+        return recipe.learning_rate(bits) if recipe.minmax_lr is None else recipe.minmax_lr
+
+    return SignRound(
+        recipe.iters,
+        recipe.batch_size,
+        recipe.gradient_accumulate_steps,
+        recipe.learning_rate,
+        minmax_lr,
+        recipe.seed,
+        on_step,
+    )
+
+
+def _layer_task(layer: Layer, streamed: StreamedModel) -> LayerTask:
+    """The float weight ``[N, K]``, proven to be the checkpoint's own bytes."""
+    verify(layer.view, streamed)
+    parameter = streamed.model.get_parameter(layer.view.param).detach()
+    return LayerTask(layer.spec, layer.view.matrix(parameter).contiguous(), layer.view.restore)
+
+
+def _inside(layer: Layer, block: str) -> str:
+    return layer.view.param.removeprefix(block + ".")
+
+
+def _dequantized(task: BlockTask) -> dict[str, Tensor]:
+    """The weights as the artefact will have them."""
+    return {
+        name: hal.dequantize(hal.quantize(layer.w, layer.ready, layer.spec), dtype=layer.w.dtype)
+        for name, layer in task.layers.items()
+    }
+
+
+def _mean_loss(outputs: Mapping[int, Any], targets: Mapping[int, Tensor]) -> float:
+    errors = [mse_loss(hidden(out).float(), targets[i].float()) for i, out in outputs.items()]
+    return float(torch.stack(errors).mean())
+
+
+def _tokens(
+    recipe: Recipe, streamed: StreamedModel, tokenizer: Any, dataset: str | Iterable[Any] | None
+) -> TokenSet:
+    if tokenizer is None:
+        tokenizer = load_tokenizer(streamed.checkpoint.path)
+    config = streamed.model.config.get_text_config()
+    limits = (
+        getattr(config, "max_position_embeddings", None),
+        getattr(tokenizer, "model_max_length", None),
+    )
+    seqlen = min([recipe.seqlen, *(n for n in limits if isinstance(n, int) and n > 0)])
+    tokens = load_tokens(
+        dataset, tokenizer, nsamples=recipe.nsamples, seqlen=seqlen, seed=recipe.seed
+    )
+    rows = streamed.model.get_input_embeddings().weight.shape[0]
+    if int(tokens.ids.max()) >= rows:
+        raise InputError(
+            f"token {int(tokens.ids.max())} is outside the model's {rows} embeddings; "
+            "the tokenizer or the token ids belong to another model"
+        )
+    return tokens
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The checkpoint's own tokenizer, or None when it has none that loads."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except Exception:  # every way a tokenizer can be missing; load_tokens says so if it is needed
+        return None
+
+
+def peak_bytes() -> int:
+    """Largest resident size of this process so far (page cache of mapped files included)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

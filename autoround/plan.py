@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that can be decided from headers alone: each tensor's fate, each file's bytes."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import hal
+from autoround.errors import InputError
+from autoround.formats import Format, Packing, Stored, format_by_name, stored_parts
+from autoround.formats.sink import DTYPES
+from autoround.formats.table import fit
+from autoround.models import Part, StreamedModel, WeightView, head_view, skipped, views
+from autoround.recipe import Recipe
+from autoround.scheme import KEEP_BITS, Scheme, assign, pattern
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A weight to quantize: its view of the parameter and its scheme."""
+
+    view: WeightView
+    scheme: Scheme
+
+    @property
+    def spec(self) -> hal.Spec:
+        spec = self.scheme.spec
+        assert spec is not None
+        return spec
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPlan:
+    """What a run will do. ``fates`` has one row for every tensor of the source checkpoint."""
+
+    format: Format
+    packing: Packing
+    base: Scheme
+    blocks: tuple[tuple[Layer, ...], ...]
+    head: Layer | None
+    prefix: str
+    modules: dict[str, Scheme]
+    kept_because: dict[str, str]
+    stored: tuple[Stored, ...]
+    fates: dict[str, str]
+
+    @property
+    def layers(self) -> list[Layer]:
+        return [layer for block in self.blocks for layer in block] + (
+            [self.head] if self.head else []
+        )
+
+    @property
+    def quantized_weights(self) -> int:
+        return sum(layer.view.shape[0] * layer.view.shape[1] for layer in self.layers)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean stored bits of a quantized weight, scales and zero points included."""
+        bits = sum(
+            layer.spec.bits_per_weight(layer.view.shape[1])
+            * layer.view.shape[0]
+            * layer.view.shape[1]
+            for layer in self.layers
+        )
+        return bits / max(self.quantized_weights, 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of the output."""
+        return sum(s.nbytes for s in self.stored)
+
+    def quantization_config(self) -> dict[str, Any]:
+        return self.format.config(self.packing, self.base, self.modules, self.prefix)
+
+
+def make_plan(streamed: StreamedModel, recipe: Recipe) -> ModelPlan:
+    """Assign schemes, refuse what cannot be stored, and place every output tensor.
+
+    Raises InputError before anything is read or written.
+    """
+    base = recipe.weight_scheme
+    found = [views(streamed, name) for name in streamed.blocks.names]
+    head = head_view(streamed)
+    kept = _kept_modules(streamed)
+    parts = [part for block in found for view in block for part in view.parts]
+    wanted = _assign(recipe, base, parts, head, kept)
+    packing = format_by_name(recipe.format).choose(set(wanted.values()))
+    modules: dict[str, Scheme] = {}
+    blocks = tuple(
+        tuple(
+            Layer(view, scheme)
+            for view in block
+            if (scheme := _settle(view, wanted, packing, modules, kept)).bits != KEEP_BITS
+        )
+        for block in found
+    )
+    head_layer = None
+    if head is not None and head.parts[0].module in wanted:
+        scheme = _settle(head, wanted, packing, modules, kept)
+        head_layer = Layer(head, scheme) if scheme.bits != KEEP_BITS else None
+    if not any(blocks) and head_layer is None:
+        raise InputError(_nothing(kept))
+    prefix = _prefix(found, streamed.blocks.name)
+    inside = [name for name in kept if name.startswith(prefix + ".") and name not in modules]
+    modules |= {name: Scheme(KEEP_BITS) for name in inside}
+    layers = [layer for block in blocks for layer in block] + ([head_layer] if head_layer else [])
+    stored, fates = _place(streamed, layers, packing, kept)
+    return ModelPlan(
+        format_by_name(recipe.format), packing, base, blocks, head_layer, prefix,
+        modules, kept, stored, fates,
+    )  # fmt: skip
+
+
+def _kept_modules(streamed: StreamedModel) -> dict[str, str]:
+    """Linear-like modules of the blocks that are never quantized, by checkpoint name -> why."""
+    kept: dict[str, str] = {}
+    for block in streamed.blocks.names:
+        for param, reason in skipped(streamed, block).items():
+            for key in streamed.sources.get(param, ()):
+                if key.endswith(".weight"):
+                    kept[key.removesuffix(".weight")] = reason
+    return kept
+
+
+def _assign(
+    recipe: Recipe, base: Scheme, parts: list[Part], head: WeightView | None, kept: dict[str, str]
+) -> dict[str, Scheme]:
+    """Scheme asked for, per module; patterns may also name what is kept anyway."""
+    head_name = head.parts[0].module if head else None
+    names = [part.module for part in parts]
+    universe = [*names, *kept, *([head_name] if head_name else ["lm_head"])]
+    assigned = assign(universe, base, recipe.layer_config, recipe.ignore_layers)
+    named = {n for key in recipe.layer_config for n in pattern(key, universe)}
+    if refused := sorted(n for n in named & set(kept) if assigned[n].bits != KEEP_BITS):
+        raise InputError(f"layer_config: {refused[0]} cannot be quantized: {kept[refused[0]]}")
+    wanted = {name: assigned[name] for name in names}
+    if recipe.quant_lm_head or (named & {head_name, "lm_head"}):
+        if head_name is None:
+            raise InputError("lm_head is tied to the embeddings or absent; leave quant_lm_head off")
+        wanted[head_name] = assigned[head_name]
+    return wanted
+
+
+def _settle(
+    view: WeightView,
+    wanted: dict[str, Scheme],
+    packing: Packing,
+    modules: dict[str, Scheme],
+    kept: dict[str, str],
+) -> Scheme:
+    """The scheme a view gets in the end; all its parts must agree. Records reasons in ``kept``."""
+    schemes = {wanted[part.module] for part in view.parts}
+    if len(schemes) > 1:
+        raise InputError(
+            f"the experts of {view.param} are one tensor and need one scheme; "
+            f"give {view.parts[0].module} and its siblings the same, e.g. with a pattern"
+        )
+    scheme = schemes.pop()
+    if scheme.bits == KEEP_BITS:
+        kept.update({part.module: "asked for" for part in view.parts})
+    for part in view.parts:
+        if scheme.bits == KEEP_BITS:
+            break
+        scheme, reason = fit(packing, scheme, part.rows[1] - part.rows[0], view.shape[1])
+        if reason:
+            kept.update({p.module: reason for p in view.parts})
+    modules.update(dict.fromkeys((part.module for part in view.parts), scheme))
+    return scheme
+
+
+def _nothing(kept: dict[str, str]) -> str:
+    reasons = sorted(set(kept.values()))[:2] or ["the model has no linear layers in its blocks"]
+    return f"no layer would be quantized ({'; '.join(reasons)}); check --scheme and --ignore-layers"
+
+
+def _prefix(found: list[list[WeightView]], in_memory: str) -> str:
+    """Name of the block list in the checkpoint's own names."""
+    modules = [(str(i), p.module) for i, block in enumerate(found) for v in block for p in v.parts]
+    if not modules:
+        return in_memory
+    index, first = modules[0]
+    steps = first.split(".")
+    for at, step in enumerate(steps):
+        prefix = ".".join(steps[:at])
+        if step == index and all(m.startswith(f"{prefix}.{i}.") for i, m in modules):
+            return prefix
+    return in_memory
+
+
+def _place(
+    streamed: StreamedModel, layers: Iterable[Layer], packing: Packing, kept: dict[str, str]
+) -> tuple[tuple[Stored, ...], dict[str, str]]:
+    """Output tensors in the source's order, and the fate of every source tensor."""
+    replaced: dict[str, list[Stored]] = {}
+    fates: dict[str, str] = {}
+    for layer in layers:
+        for part in layer.view.parts:
+            shape = (part.rows[1] - part.rows[0], layer.view.shape[1])
+            named = stored_parts(layer.spec, *shape, packing.layout)
+            replaced[part.key] = [
+                Stored(f"{part.module}.{name}", DTYPES[p.dtype], p.shape, p.nbytes)
+                for name, p in named
+            ]
+            fates[part.key] = f"quantized {layer.spec}"
+    stored: list[Stored] = []
+    for key, entry in streamed.checkpoint.entries.items():
+        if key in replaced:
+            stored += replaced.pop(key)
+            continue
+        stored.append(Stored(key, entry.dtype, tuple(entry.shape), entry.nbytes))
+        reason = kept.get(key.removesuffix(".weight"))
+        unused = "no home in the model" if key in streamed.unused else None
+        fates[key] = f"copied: {reason or unused}" if reason or unused else "copied"
+    if replaced or len(fates) != len(streamed.checkpoint.entries):
+        raise AssertionError(f"tensors without a fate: {sorted(replaced)[:3]}")
+    return tuple(stored), fates

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One frozen value holds every choice of a run: command line flags, constructor arguments, JSON."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from autoround.errors import InputError
+from autoround.scheme import Scheme, override, scheme_by_name
+
+
+def shard_bytes(text: str) -> int:
+    """``5GB`` -> bytes (decimal units)."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number, unit = text[:-2], text[-2:].upper()
+    try:
+        size = float(number) * units[unit]
+    except (ValueError, KeyError):
+        raise InputError(f"max_shard_size={text!r}: write it like 5GB or 500MB") from None
+    if size < 10**6:
+        raise InputError(f"max_shard_size={text!r} is below 1MB")
+    return int(size)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Every choice of a quantization run. Names and defaults are the field's usual ones.
+
+    ``bits``, ``group_size``, ``sym`` override the scheme where not None. ``lr`` None = 1 / iters
+    (2 / iters from 1000 iterations on at 3 bits and below); ``minmax_lr`` None = ``lr``.
+    ``iters`` 0 = round to nearest, no data needed. ``dataset`` None = the bundled pack.
+    """
+
+    scheme: str = "W4A16"
+    bits: int | None = None
+    group_size: int | None = None
+    sym: bool | None = None
+    layer_config: Mapping[str, Any] = field(default_factory=dict)
+    ignore_layers: tuple[str, ...] = ()
+    quant_lm_head: bool = False
+    format: str = "auto_round"
+    iters: int = 200
+    lr: float | None = None
+    minmax_lr: float | None = None
+    enable_minmax_tuning: bool = True
+    enable_quanted_input: bool = True
+    dataset: str | None = None
+    nsamples: int = 128
+    seqlen: int = 2048
+    batch_size: int = 8
+    gradient_accumulate_steps: int = 1
+    seed: int = 42
+    max_shard_size: str = "5GB"
+
+    def __post_init__(self) -> None:
+        least = {"iters": 0, "nsamples": 1, "seqlen": 2, "batch_size": 1}
+        for name, minimum in {**least, "gradient_accumulate_steps": 1}.items():
+            if getattr(self, name) < minimum:
+                raise InputError(
+                    f"{name}={getattr(self, name)} is too small; use {minimum} or more"
+                )
+        for name in ("lr", "minmax_lr"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise InputError(f"{name}={value}: give a number of 0 or more")
+        shard_bytes(self.max_shard_size)
+
+    @property
+    def weight_scheme(self) -> Scheme:
+        """The scheme with the overrides laid over it."""
+        fields = {"bits": self.bits, "group_size": self.group_size, "sym": self.sym}
+        return override(scheme_by_name(self.scheme), fields, "scheme")
+
+    def learning_rate(self, bits: int) -> float:
+        """Initial step of the rounding offset for a layer of ``bits``."""
+        if self.lr is not None:
+            return self.lr
+        return (2 if self.iters >= 1000 and bits <= 3 else 1) / max(self.iters, 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values only; equal recipes give equal JSON."""
+        values = asdict(self)
+        plain: dict[str, Any] = json.loads(json.dumps(values, default=list, sort_keys=True))
+        return plain
+
+
+RECIPES: dict[str, Recipe] = {
+    "default": Recipe(),
+    "best": Recipe(iters=1000, nsamples=512),
+    "light": Recipe(iters=50, lr=5e-3),
+    "rtn": Recipe(iters=0),
+}
+
+
+def recipe_by_name(name: str, changes: Mapping[str, Any]) -> Recipe:
+    """A named recipe with the given fields replaced (None = leave)."""
+    if name not in RECIPES:
+        raise InputError(f"unknown recipe {name!r}; choose one of {', '.join(RECIPES)}")
+    return replace(RECIPES[name], **{k: v for k, v in changes.items() if v is not None})

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Schemes by name, and which layer gets which: the table, the patterns, the overrides."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from autoround.errors import InputError
+from hal import Spec
+
+#: Bits of a weight that stays as it is in the checkpoint.
+KEEP_BITS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How one kind of layer is quantized. ``group`` -1 = one group per row; ``bits`` 16 = kept."""
+
+    bits: int
+    group_size: int = 128
+    sym: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in (*range(2, 9), KEEP_BITS):
+            raise InputError(f"bits={self.bits}: choose 2 to 8, or 16 to keep a layer")
+        if self.group_size != -1 and self.group_size < 16:
+            raise InputError(
+                f"group_size={self.group_size}: choose -1 (whole row) or a size of at least 16"
+            )
+
+    @property
+    def spec(self) -> Spec | None:
+        """The codec's view of it; None = kept."""
+        if self.bits == KEEP_BITS:
+            return None
+        group = max(self.group_size, 0)
+        return (
+            Spec(f"s{self.bits}", group) if self.sym else Spec(f"u{self.bits}", group, "f16", "int")
+        )
+
+
+SCHEMES: dict[str, Scheme] = {
+    **{f"W{b}A16": Scheme(b) for b in range(2, 9)},
+    **{f"W{b}A16G{g}": Scheme(b, g) for b in range(2, 9) for g in (32, 64)},
+    "BF16": Scheme(KEEP_BITS),
+}
+
+_FIELDS = ("bits", "group_size", "sym")
+_ACT_FIELDS = {"act_bits": (None, KEEP_BITS), "data_type": (None, "int")}
+
+
+def scheme_by_name(name: str) -> Scheme:
+    """A row of SCHEMES, in any case. Raises InputError naming close rows."""
+    found = SCHEMES.get(name.upper())
+    if found is None:
+        raise InputError(f"unknown scheme {name!r}; `autoround list schemes` shows {_near(name)}")
+    return found
+
+
+def _near(name: str) -> str:
+    digits = re.search(r"\d", name)
+    rows = [k for k in SCHEMES if digits and k.startswith(f"W{digits[0]}")] or list(SCHEMES)[:7]
+    return ", ".join(rows) + ", ..."
+
+
+def override(base: Scheme, changes: Mapping[str, Any] | str | Scheme, where: str) -> Scheme:
+    """``base`` with a preset name, a Scheme or a dict of fields laid over it."""
+    if isinstance(changes, Scheme):
+        return changes
+    if isinstance(changes, str):
+        return scheme_by_name(changes)
+    fields = {k: v for k, v in changes.items() if v is not None}
+    if "scheme" in fields:
+        base = scheme_by_name(str(fields.pop("scheme")))
+    for name, allowed in _ACT_FIELDS.items():
+        if fields.pop(name, None) not in allowed:
+            raise InputError(f"{where}: {name}={changes[name]!r} is not supported by this version")
+    if unknown := set(fields) - set(_FIELDS):
+        raise InputError(f"{where}: unknown field {sorted(unknown)}; known: {', '.join(_FIELDS)}")
+    return replace(base, **fields)
+
+
+def pattern(key: str, names: Iterable[str]) -> list[str]:
+    """Names that ``key`` means: an exact name or whole module, else a regular expression, searched.
+
+    A key without metacharacters is a substring that ends at a dot or the end, so ``layers.1`` does
+    not reach ``layers.10``. Raises InputError when nothing matches.
+    """
+    names = list(names)
+    own = [n for n in names if n == key or n.startswith(key + ".")]
+    if own:
+        return own
+    plain = not re.search(r"[*^$|()\[\]?+\\]", key)
+    source = re.escape(key) + (r"(?!\d)" if key[-1:].isdigit() else "") if plain else key
+    try:
+        expression = re.compile(source)
+    except re.error as error:
+        raise InputError(f"layer pattern {key!r} is not a regular expression: {error}") from None
+    found = [n for n in names if expression.search(n)]
+    if not found:
+        example = names[0] if names else "none"
+        raise InputError(f"layer pattern {key!r} matches no layer; layers look like {example!r}")
+    return found
+
+
+def assign(
+    names: Iterable[str],
+    scheme: Scheme,
+    layer_config: Mapping[str, Mapping[str, Any] | str | Scheme],
+    ignore: Iterable[str],
+) -> dict[str, Scheme]:
+    """Scheme of every layer: ignored layers stay, exact names beat patterns, later wins."""
+    names = list(names)
+    table = dict.fromkeys(names, scheme)
+    exact = set(names) & set(layer_config)
+    for key in sorted(layer_config, key=lambda k: k in exact):
+        for name in pattern(key, names):
+            table[name] = override(scheme, layer_config[key], f"layer_config[{key!r}]")
+    for key in ignore:
+        for name in pattern(key, names):
+            if name not in exact:
+                table[name] = Scheme(KEEP_BITS)
+    return table

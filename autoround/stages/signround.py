@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SignRound: signed gradient descent on the rounding and the range (Cheng et al., 2023).
+
+The quantizer is not in the autograd graph: the block runs on fake-quantized weights, autograd gives
+dL/dW, and `hal.qdq_step_` turns that into the step of the tunable parameters in closed form.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+
+import torch
+from torch import Tensor
+
+import hal
+from autoround.stages.task import BlockTask, LayerTask, chunks
+
+#: Keeps small gradients out of the underflow of half precision; signs do not change.
+LOSS_SCALE = 1000.0
+
+
+@dataclass(frozen=True, slots=True)
+class SignRound:
+    """``iters`` steps on random batches; the parameters of the best step seen are kept.
+
+    ``lr``, ``minmax_lr``: bits -> initial step, falling linearly to 0. ``on_step(t, loss)`` is told
+    of every step. Random order depends on ``seed`` and the block only, so a run can be resumed.
+    """
+
+    iters: int
+    batch_size: int
+    accumulate: int
+    lr: Callable[[int], float]
+    minmax_lr: Callable[[int], float]
+    seed: int
+    on_step: Callable[[int, float], None]
+
+    def run(self, task: BlockTask) -> None:
+        assert task.x is not None
+        for layer in task.layers.values():
+            layer.ready.v = torch.zeros(layer.w.shape, dtype=torch.float32, device=layer.w.device)
+        best = {name: _copy(layer.ready) for name, layer in task.layers.items()}
+        fake = {name: torch.empty_like(layer.w) for name, layer in task.layers.items()}
+        visits = Cyclic(task.x.indices, self.batch_size * self.accumulate, self._random(task.index))
+        least = float("inf")
+        for t in range(self.iters):
+            loss, grads = self._gradients(task, visits.next(), fake)
+            self.on_step(t, loss)
+            if loss < least:
+                least = loss
+                for name, layer in task.layers.items():
+                    _assign(best[name], layer.ready)
+            decay = 1 - t / self.iters
+            for name, layer in task.layers.items():
+                self._step(layer, grads[name], decay)
+        for name, layer in task.layers.items():
+            _assign(layer.ready, best[name])
+
+    def _random(self, block: int) -> Random:
+        return Random(f"{self.seed}:{block}")
+
+    def _gradients(
+        self, task: BlockTask, indices: Sequence[int], fake: dict[str, Tensor]
+    ) -> tuple[float, dict[str, Tensor]]:
+        """Loss over the step's samples, and dL/dW of every fake-quantized weight."""
+        assert task.x is not None
+        weights = {
+            name: hal.qdq(layer.w, layer.ready, layer.spec, out=fake[name])
+            .detach()
+            .requires_grad_()
+            for name, layer in task.layers.items()
+        }
+        total, grads = 0.0, dict.fromkeys(weights, torch.empty(0))
+        for micro in chunks(indices, self.batch_size):
+            for batch in task.x.batches(micro, self.batch_size):
+                share = len(batch) / len(indices)
+                loss = task.loss(batch, weights) * share
+                total += float(loss.detach())
+                found = torch.autograd.grad(loss * LOSS_SCALE, list(weights.values()))
+                for name, grad in zip(weights, found, strict=True):
+                    grads[name] = grads[name] + grad if grads[name].numel() else grad
+        return total, grads
+
+    def _step(self, layer: LayerTask, grad: Tensor, decay: float) -> None:
+        bits = layer.spec.bits
+        hal.qdq_step_(
+            layer.ready,
+            layer.w,
+            grad.contiguous(),
+            layer.spec,
+            lr_v=self.lr(bits) * decay,
+            lr_range=self.minmax_lr(bits) * decay,
+        )
+
+
+class Cyclic:
+    """Batches of a shuffled list, shuffled anew when fewer than a batch are left."""
+
+    def __init__(self, items: Sequence[int], size: int, random: Random) -> None:
+        self._items, self._random = list(items), random
+        self._size, self._at = min(size, len(items)), len(items)
+
+    def next(self) -> list[int]:
+        if self._at + self._size > len(self._items):
+            self._random.shuffle(self._items)
+            self._at = 0
+        self._at += self._size
+        return self._items[self._at - self._size : self._at]
+
+
+def _copy(p: hal.Params) -> hal.Params:
+    v = None if p.v is None else p.v.clone()
+    return hal.Params(v, p.lo.clone(), p.hi.clone(), p.amin, p.amax)
+
+
+def _assign(to: hal.Params, source: hal.Params) -> None:
+    if to.v is not None and source.v is not None:
+        to.v.copy_(source.v)
+    to.lo.copy_(source.lo)
+    to.hi.copy_(source.hi)

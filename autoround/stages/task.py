@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The work on one block, as the stages see it."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+import hal
+
+
+class Call(Protocol):
+    """How the model calls the block for a batch of samples."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Samples(Protocol):
+    """Block inputs of all calibration samples."""
+
+    @property
+    def indices(self) -> tuple[int, ...]: ...
+
+    def batches(self, indices: Iterable[int], size: int) -> list[tuple[int, ...]]:
+        """Groups of at most ``size`` samples that can run together."""
+
+    def gather(self, indices: Sequence[int]) -> Call: ...
+
+
+@dataclass(slots=True)
+class LayerTask:
+    """One weight of the block. ``w [N, K]``; ``restore`` gives the parameter's own shape back."""
+
+    spec: hal.Spec
+    w: Tensor
+    restore: Callable[[Tensor], Tensor]
+    params: hal.Params | None = None
+
+    @property
+    def ready(self) -> hal.Params:
+        """The parameters, once a stage has set them."""
+        assert self.params is not None
+        return self.params
+
+
+@dataclass(slots=True)
+class BlockTask:
+    """One block on its way: layers by parameter name inside the block, inputs, float outputs.
+
+    ``x``: inputs of the chain the block is tuned on; ``y``: the float block's hidden output of
+    each sample. Both None when the recipe needs no data.
+    """
+
+    index: int
+    module: nn.Module
+    layers: dict[str, LayerTask]
+    amp: Callable[[], AbstractContextManager[Any]]
+    x: Samples | None = None
+    y: Mapping[int, Tensor] | None = None
+    report: dict[str, float] = field(default_factory=dict)
+
+    def forward(self, call: Call, weights: Mapping[str, Tensor]) -> Any:
+        """The block's output with ``weights [N, K]`` in the place of its own."""
+        own = {name: self.layers[name].restore(w) for name, w in weights.items()}
+        with self.amp():
+            return functional_call(self.module, own, call.args, call.kwargs)
+
+    def loss(self, indices: Sequence[int], weights: Mapping[str, Tensor]) -> Tensor:
+        """Mean squared error to the float block over a batch of samples, f32."""
+        assert self.x is not None
+        assert self.y is not None
+        out = hidden(self.forward(self.x.gather(indices), weights))
+        target = torch.cat([self.y[i] for i in indices])
+        return F.mse_loss(out.float(), target.float())
+
+
+def hidden(output: Any) -> Tensor:
+    """The hidden state in whatever a block returns."""
+    state: Tensor = output[0] if isinstance(output, tuple) else output
+    return state
+
+
+class Stage(Protocol):
+    """One step. Configured in ``__init__``, keeps no state between blocks."""
+
+    def run(self, task: BlockTask) -> None: ...
+
+
+def chunks(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Consecutive pieces of at most ``size``."""
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]
