@@ -63,7 +63,16 @@ def skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     """The config's model class in eval mode: every parameter on meta, every buffer real."""
     with torch.device("meta"):
         model = _construct(config, dtype, trust_remote_code)
-    _restore_buffers(model)
+    if lost := _restore_buffers(model):
+        # Remote code that computes a buffer only in __init__. This second way is not the first
+        # choice because it allocates every parameter for a moment.
+        from accelerate import init_empty_weights
+
+        with init_empty_weights(include_buffers=False):
+            real = dict(_construct(config, dtype, trust_remote_code).named_buffers())
+        for name in lost:
+            path, _, leaf = name.rpartition(".")
+            model.get_submodule(path)._buffers[leaf] = real[name]
     model.eval().requires_grad_(False)
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         part.use_cache = False  # a block that runs twice must not find its own keys in a cache
@@ -90,15 +99,23 @@ def _construct(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
         ) from error
 
 
-def _restore_buffers(model: Any) -> None:
-    # The way from_pretrained itself does it: each model's _init_weights recomputes its own buffers.
+def _restore_buffers(model: Any) -> list[str]:
+    """Recompute all buffers the way from_pretrained does; returns those it does not reach."""
+    once = _recompute(model, 1)
+    again = _recompute(model, 0)
+    return [name for name in once if not torch.equal(once[name], again[name])]
+
+
+def _recompute(model: Any, fill: int) -> dict[str, Tensor]:
+    """Fill every buffer, then let each model's _init_weights set its own."""
     for module in model.modules():
         owned = [name for name, buffer in module._buffers.items() if buffer is not None]
         module._is_hf_initialized = not owned
         for name in owned:
             old = module._buffers[name]
-            module._buffers[name] = torch.zeros(old.shape, dtype=old.dtype)
+            module._buffers[name] = torch.full(old.shape, fill, dtype=old.dtype)
     model.initialize_weights()
+    return dict(model.named_buffers(remove_duplicate=False))
 
 
 def sources(model: Any, keys: Iterable[str]) -> tuple[dict[str, Source], list[str]]:

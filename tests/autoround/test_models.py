@@ -272,6 +272,61 @@ def test_keys_without_a_home_are_listed(llama: Path) -> None:
     assert streamed.unused == ["mtp.layers.0.up_proj.weight"]
 
 
+REMOTE = """
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+class ToyConfig(PreTrainedConfig):
+    model_type = "toy_remote"
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32, bias=False), nn.Linear(32, 8, bias=False)
+    def forward(self, x, scale):
+        return (x + self.down(self.up(x).relu()) * scale,)
+
+class ToyModel(PreTrainedModel):
+    config_class = ToyConfig
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed, self.head = nn.Embedding(128, 8), nn.Linear(8, 128, bias=False)
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+        self.register_buffer("scale", torch.arange(8) / 4, persistent=False)  # set nowhere else
+        self.post_init()
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x, self.scale)[0]
+        return CausalLMOutput(logits=self.head(x))
+"""
+
+
+def test_remote_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = "transformers.dynamic_module_utils.HF_MODULES_CACHE"
+    monkeypatch.setattr(cache, str(tmp_path / "modules"))
+    (tmp_path / "toy.py").write_text(REMOTE)
+    names = {"AutoConfig": "toy.ToyConfig", "AutoModelForCausalLM": "toy.ToyModel"}
+    config = {"model_type": "toy_remote", "architectures": ["ToyModel"], "auto_map": names}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    space: dict[str, Any] = {}
+    exec(REMOTE, space)
+    torch.manual_seed(0)
+    reference = space["ToyModel"](space["ToyConfig"]()).eval()
+    save_file(reference.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="trust_remote_code=True if you trust its code"):
+        StreamedModel(Checkpoint(tmp_path))
+    streamed = StreamedModel(Checkpoint(tmp_path), trust_remote_code=True)
+    assert streamed.blocks.name == "layers"
+    inputs = zoo.tokens(3)
+    results = drive(streamed, inputs, size=3)
+    for i, given in enumerate(inputs):
+        assert torch.equal(results[i].logits, reference(**given).logits)
+    assert [v.shape for v in views(streamed, "layers.0")] == [(32, 8), (8, 32)]
+
+
 def test_loading_is_silent(saved: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> None:
     streamed = StreamedModel(Checkpoint(saved("qwen3")))
     streamed.load([""])
