@@ -28,7 +28,7 @@ def load(
     config = transformers.AutoConfig.from_pretrained(str(where), local_files_only=True)
     names = getattr(config, "architectures", None) or ["AutoModelForCausalLM"]
     kind = getattr(transformers, names[0], transformers.AutoModelForCausalLM)
-    model = kind.from_pretrained(
+    model: Any = kind.from_pretrained(
         str(where), dtype=dtype or "auto", local_files_only=True, use_safetensors=True
     )
     return model.to(devices.resolve(device_map)).eval()

@@ -83,6 +83,7 @@ class Run:
     plan: ModelPlan
     tokens: TokenSet | None
     progress: Progress
+    source_bytes: int
     blocks: list[BlockReport] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -134,7 +135,7 @@ def quantize(
     if tokens:
         progress.calibrated(tokens)
     checkpoint.scan_finite()
-    run = Run(output, plan, tokens, progress)
+    run = Run(output, plan, tokens, progress, checkpoint.total_bytes)
     sink = ShardSink(output, plan.stored, shard_bytes(recipe.max_shard_size))
     with output_directory(output):
         with sink:

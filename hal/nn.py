@@ -29,6 +29,7 @@ class QLinear(nn.Module):
         self.out_features, self.in_features = n, k
         self.weight: Weight | None = None
         empty = nn.Parameter(torch.empty(n, dtype=dtype), requires_grad=False) if bias else None
+        self.bias: nn.Parameter | None
         self.register_parameter("bias", empty)
 
     def load(self, q: QTensor, dtype: torch.dtype) -> None:

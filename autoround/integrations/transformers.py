@@ -29,7 +29,7 @@ class _Swap:
     weights: dict[str, list[str]]
 
 
-class AutoroundQuantizer(HfQuantizer):  # type: ignore[misc]
+class AutoroundQuantizer(HfQuantizer):
     """transformers' hooks around loading, for ``quant_method: auto-round``."""
 
     requires_calibration = True
@@ -111,14 +111,14 @@ def _replace(model: Any, swap: _Swap, dtype: torch.dtype) -> None:
     path, _, leaf = swap.name.rpartition(".")
     parent = model.get_submodule(path)
     setattr(parent, leaf, new.eval())
-    # GPT-2's _init_weights reaches for parent.c_proj.weight; neither has anything left to initialise.
+    # GPT-2's _init_weights reaches for parent.c_proj.weight; nothing is left to initialise.
     parent._is_hf_initialized = new._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def _gate(old: Any) -> Any:
     """The experts' own activation, bound to a copy of their settings without the weights."""
     settings = {k: v for k, v in vars(old).items() if not k.startswith("_")}
-    blank = type(old).__new__(type(old))
+    blank: Any = object.__new__(type(old))
     nn.Module.__init__(blank)
     for name, value in settings.items():
         setattr(blank, name, value)

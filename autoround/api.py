@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`AutoRound`: the known tool's constructor and methods over a Recipe and the pipeline."""
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from autoround import pipeline
+from autoround.artefact import check_output
+from autoround.errors import InputError
+from autoround.loading import load
+from autoround.options import build_recipe, default_output, split_names
+from autoround.recipe import Recipe
+from autoround.scheme import Scheme
+from hal import device as devices
+
+
+class AutoRound:
+    """Quantize a model from Python, with the names users know.
+
+        ar = AutoRound("path/of/model", scheme="W4A16")
+        ar.quantize_and_save("model-w4g128")
+
+    ``model``: a checkpoint directory or hub id, or a loaded transformers model (it is saved to a
+    temporary checkpoint first, so ``tokenizer`` must be given). None = the recipe's default.
+    Raises InputError for arguments that cannot work or have no effect.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        scheme: str | Scheme = "W4A16",
+        *,
+        recipe: str = "default",
+        bits: int | None = None,
+        group_size: int | None = None,
+        sym: bool | None = None,
+        layer_config: Mapping[str, Any] | None = None,
+        ignore_layers: str | Iterable[str] | None = None,
+        quant_lm_head: bool = False,
+        iters: int | None = None,
+        lr: float | None = None,
+        minmax_lr: float | None = None,
+        enable_minmax_tuning: bool | None = None,
+        enable_quanted_input: bool | None = None,
+        dataset: str | Iterable[Any] | None = None,
+        nsamples: int | None = None,
+        seqlen: int | None = None,
+        batch_size: int | None = None,
+        gradient_accumulate_steps: int | None = None,
+        device_map: str | int | None = None,
+        seed: int | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        if isinstance(scheme, Scheme):
+            bits = scheme.bits if bits is None else bits
+            group_size = scheme.group_size if group_size is None else group_size
+            sym = scheme.sym if sym is None else sym
+            scheme = "W4A16"
+        named = dataset if isinstance(dataset, str) else None
+        ignored = split_names(ignore_layers) if isinstance(ignore_layers, str) else ignore_layers
+        self.recipe: Recipe = build_recipe(
+            recipe,
+            {
+                "scheme": scheme,
+                "bits": bits,
+                "group_size": group_size,
+                "sym": sym,
+                "layer_config": layer_config,
+                "ignore_layers": None if ignored is None else tuple(ignored),
+                "quant_lm_head": quant_lm_head or None,
+                "iters": iters,
+                "lr": lr,
+                "minmax_lr": minmax_lr,
+                "enable_minmax_tuning": enable_minmax_tuning,
+                "enable_quanted_input": enable_quanted_input,
+                "dataset": named,
+                "nsamples": nsamples,
+                "seqlen": seqlen,
+                "batch_size": batch_size,
+                "gradient_accumulate_steps": gradient_accumulate_steps,
+                "seed": seed,
+            },
+        )
+        self.tokenizer = tokenizer
+        self.device = devices.resolve(device_map)
+        self.trust_remote_code = trust_remote_code
+        self._dataset = None if isinstance(dataset, str) else dataset
+        self._work = tempfile.TemporaryDirectory(prefix="autoround-")
+        self._source = self._checkpoint(model)
+        self._run: pipeline.Run | None = None
+
+    def _checkpoint(self, model: Any) -> str:
+        """The model as a checkpoint directory; a loaded one is saved first."""
+        if isinstance(model, str | Path):
+            return str(model)
+        if not hasattr(model, "save_pretrained"):
+            raise InputError(
+                f"model is a {type(model).__name__}; give a directory or a transformers model"
+            )
+        where = Path(self._work.name) / (Path(model.config.name_or_path).name or "model")
+        model.save_pretrained(where)
+        if self.tokenizer is not None and hasattr(self.tokenizer, "save_pretrained"):
+            self.tokenizer.save_pretrained(where)
+        return str(where)
+
+    def quantize(self) -> tuple[Any, dict[str, Scheme]]:
+        """Quantize; returns the model running on `hal.qgemm` and every layer's scheme."""
+        out = Path(self._work.name) / "result"
+        self._quantize(self.recipe, out)
+        assert self._run is not None
+        return load(out), dict(self._run.plan.modules)
+
+    def save_quantized(self, output_dir: str | Path, format: str = "auto_round") -> Path:
+        """Write what `quantize` made. Raises InputError for another format than it was made for."""
+        if self._run is None:
+            raise InputError("nothing is quantized yet; call quantize(), or quantize_and_save()")
+        if format != self.recipe.format:
+            raise InputError(
+                f"quantized for {self.recipe.format}; use quantize_and_save(format={format!r})"
+            )
+        target = Path(output_dir)
+        check_output(target)
+        shutil.copytree(self._run.output, target, dirs_exist_ok=True)
+        return target
+
+    def quantize_and_save(
+        self, output_dir: str | Path | None = None, format: str = "auto_round"
+    ) -> tuple[Any, Path]:
+        """Quantize into ``output_dir`` (new or empty); the loaded model and the directory."""
+        recipe = replace(self.recipe, format=format)
+        target = Path(output_dir or default_output(self._source, recipe.weight_scheme))
+        self._quantize(recipe, target)
+        return load(target), target
+
+    def _quantize(self, recipe: Recipe, output: Path) -> None:
+        source = pipeline.Source(self._source, self.device, self.trust_remote_code)
+        self._run = pipeline.quantize(
+            recipe, source, output, tokenizer=self.tokenizer, dataset=self._dataset
+        )

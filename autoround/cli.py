@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `autoround` command. Everything heavy is imported inside the commands: help is instant."""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autoround.errors import InputError
+from autoround.version import VERSION
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+app = typer.Typer(
+    name="autoround",
+    help="Quantize language models by signed gradient descent on the rounding.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Listing(StrEnum):
+    schemes = "schemes"
+    formats = "formats"
+    devices = "devices"
+    recipes = "recipes"
+
+
+def _option(help: str, *names: str) -> Any:
+    return typer.Option(*names, help=help, show_default=False)
+
+
+@app.command()
+def quantize(
+    model: Annotated[
+        str, typer.Argument(help="Directory of a safetensors checkpoint, or a hub id.")
+    ],
+    output: Annotated[
+        Path | None, _option("New directory to write. [MODEL-w4g128]", "-o", "--output")
+    ] = None,
+    output_dir: Annotated[
+        Path | None, _option("Where [MODEL-w4g128] is made.", "--output-dir", "--output_dir")
+    ] = None,
+    scheme: Annotated[str | None, _option("See `autoround list schemes`. [W4A16]")] = None,
+    recipe: Annotated[str, typer.Option(help="default, best, light or rtn.")] = "default",
+    format: Annotated[str | None, _option("See `autoround list formats`. [auto_round]")] = None,
+    bits: Annotated[int | None, _option("Bits of a weight, over the scheme's.")] = None,
+    group_size: Annotated[
+        int | None,
+        _option("Weights that share a scale; -1 = a row.", "--group-size", "--group_size"),
+    ] = None,
+    asym: Annotated[
+        bool, typer.Option("--asym", help="Zero points instead of signed scales.")
+    ] = False,
+    layer_config: Annotated[
+        str | None,
+        _option("JSON, or a file: layer or pattern -> scheme.", "--layer-config", "--layer_config"),
+    ] = None,
+    ignore_layers: Annotated[
+        str | None,
+        _option("Layers or patterns to keep, comma between.", "--ignore-layers", "--ignore_layers"),
+    ] = None,
+    quant_lm_head: Annotated[
+        bool,
+        typer.Option(
+            "--quant-lm-head", "--quant_lm_head", help="Quantize the output projection too."
+        ),
+    ] = False,
+    iters: Annotated[int | None, _option("Tuning steps a block; 0 = round to nearest.")] = None,
+    lr: Annotated[float | None, _option("Initial step of the rounding. [1/iters]")] = None,
+    minmax_lr: Annotated[
+        float | None, _option("Initial step of the range. [lr]", "--minmax-lr", "--minmax_lr")
+    ] = None,
+    dataset: Annotated[str | None, _option("Calibration text; see docs. [bundled]")] = None,
+    nsamples: Annotated[int | None, _option("Calibration samples. [128]")] = None,
+    seqlen: Annotated[int | None, _option("Tokens a sample. [2048]")] = None,
+    batch_size: Annotated[
+        int | None, _option("Samples a step. [8]", "--batch-size", "--batch_size")
+    ] = None,
+    gradient_accumulate_steps: Annotated[
+        int | None,
+        _option(
+            "Batches a step. [1]", "--gradient-accumulate-steps", "--gradient_accumulate_steps"
+        ),
+    ] = None,
+    seed: Annotated[int | None, _option("Seed of every random choice. [42]")] = None,
+    max_shard_size: Annotated[
+        str | None, _option("Largest file. [5GB]", "--max-shard-size", "--max_shard_size")
+    ] = None,
+    device_map: Annotated[
+        str | None, _option("Device to tune on. [the first]", "--device-map", "--device_map")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the checkpoint's own Python code.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    """Quantize a model into a new directory."""
+    from autoround.options import build_recipe, default_output, parse_layer_config, split_names
+
+    changes = {
+        "scheme": scheme,
+        "format": format,
+        "bits": bits,
+        "group_size": group_size,
+        "sym": False if asym else None,
+        "layer_config": parse_layer_config(layer_config) if layer_config else None,
+        "ignore_layers": split_names(ignore_layers),
+        "quant_lm_head": quant_lm_head or None,
+        "iters": iters,
+        "lr": lr,
+        "minmax_lr": minmax_lr,
+        "dataset": dataset,
+        "nsamples": nsamples,
+        "seqlen": seqlen,
+        "batch_size": batch_size,
+        "gradient_accumulate_steps": gradient_accumulate_steps,
+        "seed": seed,
+        "max_shard_size": max_shard_size,
+    }
+    built = build_recipe(recipe, changes)
+    named = (output_dir or Path()) / default_output(model, built.weight_scheme)
+    if output and output_dir:
+        raise InputError("give -o (the directory itself) or --output-dir (its parent), not both")
+    _run(built, model, output or named, (device_map, trust_remote_code, quiet))
+
+
+def _run(recipe: Any, model: str, output: Path, how: tuple[str | None, bool, bool]) -> None:
+    from autoround import pipeline
+    from autoround.terminal import Terminal, summary
+    from hal import device as devices
+
+    device_map, trust_remote_code, quiet = how
+    console = _console(quiet)
+    source = pipeline.Source(model, devices.resolve(device_map), trust_remote_code)
+    with Terminal(console, recipe.iters) as terminal:
+        run = pipeline.quantize(recipe, source, output, progress=terminal)
+    console.print(summary(run, run.source_bytes))
+    console.print(f"written to {output}; next: autoround eval {output} --against {model}")
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Directory of a finished model.")],
+    against: Annotated[str, typer.Option(help="The float model it was made from.")],
+    dataset: Annotated[str | None, _option("Text to evaluate on. [bundled held-out text]")] = None,
+    nsamples: Annotated[int, typer.Option(help="Samples.")] = 32,
+    seqlen: Annotated[int, typer.Option(help="Tokens a sample.")] = 512,
+    device_map: Annotated[
+        str | None, _option("Device to run on. [the first]", "--device-map", "--device_map")
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Compare a quantized model with its float self: perplexity, KL, agreement, speed."""
+    import json
+
+    from autoround import evaluate as evaluation
+    from autoround.terminal import evaluation_table
+
+    result = evaluation.evaluate(
+        model,
+        against,
+        dataset=dataset,
+        nsamples=nsamples,
+        seqlen=seqlen,
+        device_map=device_map,
+    )
+    if json_output:
+        typer.echo(json.dumps(result.to_json()))
+    else:
+        _console(False).print(evaluation_table(result))
+
+
+@app.command(name="list")
+def list_(what: Annotated[Listing, typer.Argument(help="What to list.")]) -> None:
+    """Show the tables: schemes, formats, devices, recipes."""
+    _console(False).print(_listing(what))
+
+
+def _listing(what: Listing) -> "Table":
+    from rich.table import Table
+
+    columns, rows = _rows(what)
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*map(str, row))
+    return table
+
+
+def _rows(what: Listing) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+    if what is Listing.schemes:
+        from autoround.scheme import SCHEMES
+
+        columns: tuple[str, ...] = ("scheme", "bits", "group size", "symmetric")
+        return columns, [(n, s.bits, s.group_size, s.sym) for n, s in SCHEMES.items()]
+    if what is Listing.formats:
+        from autoround.formats import FORMATS
+
+        return ("format", "about"), [(f.name, f.about) for f in FORMATS.values()]
+    if what is Listing.recipes:
+        from autoround.recipe import RECIPES
+
+        columns = ("recipe", "iters", "samples", "tokens", "batch")
+        recipes = RECIPES.items()
+        return columns, [(n, r.iters, r.nsamples, r.seqlen, r.batch_size) for n, r in recipes]
+    import hal
+
+    found = hal.devices()
+    columns = ("device", "name", "arch", "served by")
+    return columns, [(d.torch, d.caps.name, d.caps.arch, ", ".join(d.served_by)) for d in found]
+
+
+def _console(quiet: bool) -> "Console":
+    from rich.console import Console
+
+    return Console(quiet=quiet)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(VERSION)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: input errors are one line on stderr and exit code 2."""
+    run(sys.argv[1:])
+
+
+def run(arguments: list[str]) -> None:
+    """Run the command line; exits the process."""
+    try:
+        app(arguments)
+    except InputError as error:
+        fail(str(error), 2)
+    except KeyboardInterrupt:
+        fail("stopped; nothing was left behind", 130)
+
+
+def fail(message: str, code: int) -> None:
+    """One line on stderr, then exit."""
+    typer.echo(f"error: {message}", err=True)
+    raise SystemExit(code)

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What quantization cost: perplexity, divergence from the float model, speed of decoding."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from autoround.calib import load_tokens, pack
+from autoround.errors import InputError
+from autoround.loading import load
+from autoround.models import resolve
+from autoround.pipeline import load_tokenizer
+from hal import QExperts, QLinear
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A model against its float self on the same tokens.
+
+    Perplexities are of the next token. KL is float-to-quantized per token, in nats: mean, median,
+    99th percentile. ``same_top`` is the share of positions whose likeliest token is the same.
+    """
+
+    tokens: int
+    perplexity: float
+    float_perplexity: float
+    kl: float
+    kl_median: float
+    kl_p99: float
+    same_top: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A directory against its float model. Bytes are of all weights; speeds are tokens a second.
+
+    ``comparison`` for language models; ``cosine`` (mean of sentence embeddings) for encoders.
+    """
+
+    model: str
+    against: str
+    nbytes: int
+    float_nbytes: int
+    quantized_layers: int
+    comparison: Comparison | None
+    cosine: float | None
+    speed: float | None
+    float_speed: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate(
+    model: str,
+    against: str,
+    *,
+    dataset: str | None = None,
+    nsamples: int = 32,
+    seqlen: int = 512,
+    device_map: str | None = None,
+) -> Evaluation:
+    """Load both, run both on the same held-out text. Raises InputError for unusable input."""
+    where, source = resolve(model), resolve(against)
+    tokenizer = load_tokenizer(source)
+    if tokenizer is None:
+        raise InputError(f"{against} has no tokenizer that loads; evaluation needs one")
+    quantized, reference = (load(path, device_map=device_map) for path in (where, source))
+    layers = sum(isinstance(m, QLinear | QExperts) for m in quantized.modules())
+    facts = (model, against, _weight_bytes(where), _weight_bytes(source), layers)
+    if reference.get_output_embeddings() is None:
+        texts = _sentences(pack.heldout() if dataset is None else [dataset])
+        cosine = embedding_cosine(quantized, reference, _tokenized(tokenizer, texts, nsamples))
+        return Evaluation(*facts, None, float(cosine.mean()), None, None)
+    seqlen = min(seqlen, reference.config.get_text_config().max_position_embeddings)
+    text = pack.heldout() if dataset is None else dataset
+    ids = load_tokens(text, tokenizer, nsamples=nsamples, seqlen=seqlen, seed=0).ids
+    comparison = compare(quantized, reference, ids)
+    speed, float_speed = decode_speed([quantized, reference], ids[:1, : seqlen // 2])
+    return Evaluation(*facts, comparison, None, speed, float_speed)
+
+
+def _weight_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+def _sentences(texts: list[str]) -> list[str]:
+    return [s for text in texts for s in text.split("\n") if 40 <= len(s) <= 400]
+
+
+def _tokenized(tokenizer: Any, texts: list[str], count: int) -> Iterator[dict[str, Tensor]]:
+    for start in range(0, min(count * 8, len(texts)), 8):
+        yield dict(
+            tokenizer(texts[start : start + 8], padding=True, truncation=True, return_tensors="pt")
+        )
+
+
+@torch.inference_mode()
+def compare(model: Any, reference: Any, ids: Tensor, batch_size: int = 4) -> Comparison:
+    """Run both causal language models over ``ids [S, L]``; logits are compared in f32."""
+    losses: list[Tensor] = []
+    kls: list[Tensor] = []
+    same: list[Tensor] = []
+    for batch in torch.split(ids, batch_size):
+        target = batch[:, 1:].flatten()
+        p, q = (_log_probabilities(m, batch) for m in (reference, model))
+        kls.append((p.exp() * (p - q)).sum(-1))
+        same.append((p.argmax(-1) == q.argmax(-1)).float())
+        losses.append(torch.stack([F.nll_loss(x, target, reduction="none") for x in (p, q)]))
+    nll, kl = torch.cat(losses, 1).double().mean(1), torch.cat(kls)
+    ordered = kl.sort().values
+    middle, high = (float(ordered[round(q * (kl.numel() - 1))]) for q in (0.5, 0.99))
+    return Comparison(
+        kl.numel(),
+        float(nll[1].exp()),
+        float(nll[0].exp()),
+        float(kl.double().mean()),
+        middle,
+        high,
+        float(torch.cat(same).mean()),
+    )
+
+
+def _log_probabilities(model: Any, batch: Tensor) -> Tensor:
+    """Log probabilities of every next token, ``[S * (L - 1), V]`` f32."""
+    logits: Tensor = model(input_ids=batch.to(model.device)).logits[:, :-1]
+    return F.log_softmax(logits.float().cpu(), -1).flatten(0, 1)
+
+
+@torch.inference_mode()
+def embedding_cosine(model: Any, reference: Any, batches: Iterator[dict[str, Tensor]]) -> Tensor:
+    """Cosine between mean-pooled sentence embeddings of two encoders, one per sentence ``[S]``.
+
+    ``batches``: tokenizer output with ``attention_mask``.
+    """
+    cosines = []
+    for batch in batches:
+        mask = batch["attention_mask"][..., None].float()
+        one, two = (
+            (m(**batch).last_hidden_state.float() * mask).sum(1) / mask.sum(1)
+            for m in (model, reference)
+        )
+        cosines.append(F.cosine_similarity(one, two, dim=-1))
+    return torch.cat(cosines)
+
+
+@torch.inference_mode()
+def decode_speed(
+    models: list[Any], prompt: Tensor, steps: int = 32, rounds: int = 5
+) -> list[float]:
+    """Tokens per second of greedy decoding after ``prompt [1, L]``; the models take turns."""
+    rates: list[list[float]] = [[] for _ in models]
+    for _ in range(rounds):
+        for model, rate in zip(models, rates, strict=True):
+            out = model(input_ids=prompt.to(model.device), use_cache=True)
+            started = time.perf_counter()
+            for _ in range(steps):
+                token = out.logits[:, -1:].argmax(-1)
+                out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+            rate.append(steps / (time.perf_counter() - started))
+    return [median(rate) for rate in rates]

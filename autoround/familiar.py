@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands of the known tool: `auto-round`, `-best`, `-light`, `-rtn`, with its flags.
+
+They are `autoround quantize` with a recipe; ``--model`` names the model and ``--output_dir`` the
+parent of the result, which is called ``<model>-w4g128`` there.
+"""
+
+import sys
+
+from autoround import cli
+from autoround.errors import InputError
+
+MODEL = ("--model", "--model_name", "--model_name_or_path")
+RENAMED = {
+    "--formats": "--format",
+    "--train_bs": "--batch-size",
+    "--bs": "--batch-size",
+    "--seq_len": "--seqlen",
+    "--nsample": "--nsamples",
+    "--iter": "--iters",
+    "--bit": "--bits",
+    "--fp_layers": "--ignore-layers",
+    "--device": "--device-map",
+    "--devices": "--device-map",
+}
+
+
+def translate(arguments: list[str], recipe: str) -> list[str]:
+    """The same request in our own command's words. Raises InputError without a model."""
+    own: list[str] = []
+    model = None
+    words = iter(_separated(arguments))
+    for word in words:
+        if word in MODEL:
+            model = next(words, None)
+        elif not own and not word.startswith("-") and model is None:
+            model = word
+        else:
+            own.append(RENAMED.get(word, word))
+    if "--help" in own:
+        return ["quantize", "--help"]
+    if model is None:
+        raise InputError("no model given; name it with --model DIRECTORY")
+    parent = [] if "--output_dir" in own else ["--output_dir", "tmp_autoround"]
+    return ["quantize", model, "--recipe", recipe, *parent, *own]
+
+
+def _separated(arguments: list[str]) -> list[str]:
+    """``--flag=value`` as two words."""
+    words: list[str] = []
+    for word in arguments:
+        words += word.split("=", 1) if word.startswith("--") else [word]
+    return words
+
+
+def _command(recipe: str) -> None:
+    try:
+        arguments = translate(sys.argv[1:], recipe)
+    except InputError as error:
+        cli.fail(str(error), 2)
+    else:
+        cli.run(arguments)
+
+
+def default() -> None:
+    """`auto-round`"""
+    _command("default")
+
+
+def best() -> None:
+    """`auto-round-best`"""
+    _command("best")
+
+
+def light() -> None:
+    """`auto-round-light`"""
+    _command("light")
+
+
+def rtn() -> None:
+    """`auto-round-rtn`"""
+    _command("rtn")

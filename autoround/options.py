@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what users write on a command line or in a constructor to a Recipe."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from autoround.errors import InputError
+from autoround.recipe import Recipe, recipe_by_name
+from autoround.scheme import Scheme
+
+#: Choices that only tuning uses; giving one to a run without tuning is a mistake worth naming.
+TUNING_ONLY = (
+    "lr",
+    "minmax_lr",
+    "dataset",
+    "nsamples",
+    "seqlen",
+    "batch_size",
+    "gradient_accumulate_steps",
+    "enable_minmax_tuning",
+    "enable_quanted_input",
+)
+
+
+def build_recipe(name: str, changes: Mapping[str, Any]) -> Recipe:
+    """A named recipe with changes (None = not given). Unused choices raise InputError."""
+    recipe = recipe_by_name(name, changes)
+    unused = [key for key in TUNING_ONLY if changes.get(key) is not None]
+    if recipe.iters == 0 and unused:
+        raise InputError(
+            f"{unused[0]} has no effect without tuning (iters=0); leave it out, or give --iters"
+        )
+    return recipe
+
+
+def parse_layer_config(text: str) -> dict[str, Any]:
+    """JSON, the path of a JSON file, or the loose form ``{k_proj:{bits:8}}``."""
+    if text.endswith(".json"):
+        if not Path(text).is_file():
+            raise InputError(f"layer_config file {text} does not exist")
+        text = Path(text).read_text()
+    for candidate in (text, _quoted(text)):
+        try:
+            parsed = json.loads(candidate)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(parsed, dict):
+            return parsed
+    raise InputError(
+        f'layer_config {text[:60]!r} is not JSON; write e.g. \'{{"lm_head": {{"bits": 8}}}}\''
+    )
+
+
+def _quoted(text: str) -> str:
+    """Quote the bare words of the loose form."""
+    words = r"(?<![\w\"])([A-Za-z_.^][\w.*$^]*)(?![\w\"])"
+    keep = {"true", "false", "null"}
+    lowered = re.sub(
+        r"\b(True|False|None)\b", lambda m: {"None": "null"}.get(m[0], m[0].lower()), text
+    )
+    return re.sub(words, lambda m: m[0] if m[0] in keep else json.dumps(m[0]), lowered)
+
+
+def split_names(text: str | None) -> tuple[str, ...] | None:
+    """``a, b`` -> ("a", "b"); None stays None."""
+    if text is None:
+        return None
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def default_output(model: str, scheme: Scheme) -> Path:
+    """``<model name>-w4g128`` in the current directory."""
+    group = f"g{scheme.group_size}" if scheme.group_size > 0 else "row"
+    return Path(f"{Path(model).name}-w{scheme.bits}{group}")

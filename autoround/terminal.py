@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run looks like in a terminal, and in a log file: one line per finished block."""
+
+import math
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from autoround.calib import TokenSet
+from autoround.evaluate import Evaluation
+from autoround.pipeline import BlockReport, Run
+from autoround.plan import ModelPlan
+
+
+class Terminal:
+    """Shows a run's progress. Without a terminal the live bar is left out, the lines stay."""
+
+    def __init__(self, console: Console, iters: int) -> None:
+        self.console, self.iters = console, iters
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} steps"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal or iters == 0,
+        )
+        self._task = self._bar.add_task("", total=max(iters, 1), visible=False)
+        self._blocks, self._started = 0, 0.0
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def planned(self, plan: ModelPlan) -> None:
+        self._blocks, self._started = len(plan.blocks), time.perf_counter()
+        kept = {name: why for name, why in plan.kept_because.items() if "instead" not in why}
+        self.console.print(
+            f"{len(plan.layers)} weights in {self._blocks} blocks -> {plan.packing.name}, "
+            f"{plan.bits_per_weight:.2f} bits a weight, {_bytes(plan.nbytes)} in all"
+        )
+        for reason in sorted(set(kept.values())):
+            count = sum(why == reason for why in kept.values())
+            self.console.print(f"  kept {count}: {reason}", style="dim")
+
+    def calibrated(self, tokens: TokenSet) -> None:
+        self.console.print(f"calibration: {tokens.description}")
+
+    def block_started(self, index: int, name: str) -> None:
+        self._bar.reset(self._task, description=name, visible=True)
+
+    def step(self, t: int, loss: float) -> None:
+        self._bar.update(self._task, completed=t + 1)
+
+    def block_done(self, report: BlockReport) -> None:
+        done = report.index + 1
+        left = (time.perf_counter() - self._started) / done * (self._blocks - done)
+        losses = (
+            "" if math.isnan(report.loss) else f"loss {_change(report.loss_rtn, report.loss)}  "
+        )
+        self.console.print(
+            f"[{done}/{self._blocks}] {report.name}  {losses}{report.seconds:.1f} s  "
+            f"ETA {_clock(left)}  peak {_bytes(report.peak_bytes)}",
+            highlight=False,
+        )
+
+
+def summary(run: Run, source_bytes: int) -> Table:
+    """The closing table of a run."""
+    table = Table(show_header=False, box=None)
+    table.add_row("size", f"{_bytes(source_bytes)} -> {_bytes(run.plan.nbytes)}")
+    table.add_row(
+        "bits a weight", f"{run.plan.bits_per_weight:.3f} in {len(run.plan.layers)} weights"
+    )
+    tuned = [b for b in run.blocks if not math.isnan(b.loss)]
+    if tuned:
+        better = sum(b.loss < b.loss_rtn for b in tuned)
+        table.add_row("blocks better than RTN", f"{better} of {len(tuned)}")
+    table.add_row("time", _clock(run.seconds))
+    table.add_row("peak memory", _bytes(max((b.peak_bytes for b in run.blocks), default=0)))
+    return table
+
+
+def evaluation_table(result: Evaluation) -> Table:
+    """A quantized model beside its float self."""
+    table = Table("", "float", "quantized")
+    table.add_row("weights", _bytes(result.float_nbytes), _bytes(result.nbytes))
+    table.add_row("layers on hal.qgemm", "", str(result.quantized_layers))
+    if c := result.comparison:
+        table.add_row("perplexity", f"{c.float_perplexity:.4f}", f"{c.perplexity:.4f}")
+        table.add_row("KL, mean", "", f"{c.kl:.5f}")
+        table.add_row("KL, median / p99", "", f"{c.kl_median:.5f} / {c.kl_p99:.4f}")
+        table.add_row("same top token", "", f"{c.same_top:.2%}")
+    if result.cosine is not None:
+        table.add_row("embedding cosine", "", f"{result.cosine:.5f}")
+    if result.speed and result.float_speed:
+        table.add_row("decoding, tokens/s", f"{result.float_speed:.1f}", f"{result.speed:.1f}")
+    return table
+
+
+def _change(before: float, after: float) -> str:
+    share = f" ({after / before - 1:+.0%})" if before else ""
+    return f"{before:.3e} -> {after:.3e}{share}"
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.2f} TB"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
