@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from autoround.calib import hub, pack
-from autoround.calib.files import is_file_name, read_file
+from autoround.calib.files import check_file, is_file_name, read_file
 from autoround.calib.packing import Packer
 from autoround.calib.rows import Renderer, Text
 from autoround.calib.spec import DatasetItem, parse_dataset
@@ -149,6 +149,8 @@ def _feeds(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, wish: _Wish)
         item = DatasetItem(f"Python {type(dataset).__name__}")
         return [_feed(item, item.name, _object_rows(dataset, wish.seed), tokenizer, wish)]
     _check_counts(items, wish.nsamples)
+    for item in items:  # every name before the first byte is read or downloaded
+        _check_name(item)
     return [_feed(item, *_named_rows(item, wish.seed), tokenizer, wish) for item in items]
 
 
@@ -162,16 +164,23 @@ def _feed(
     return _Feed(item, label, _tokenized(item, rows, tokenizer, wish), wish.seqlen)
 
 
+def _check_name(item: DatasetItem) -> None:
+    bundled = item.name.lower() in _BUNDLED
+    if not bundled and not is_file_name(item.name):
+        hub.resolve(item.name, item.split)
+        return
+    if not bundled:
+        check_file(Path(item.name))
+    if item.split:
+        splits = "+".join(item.split)
+        raise InputError(f"dataset {item.name!r} has no splits: remove split={splits}")
+
+
 def _named_rows(item: DatasetItem, seed: int) -> tuple[str, Iterator[Any]]:
-    """(name for the log, rows) of one item; errors about the name come from here, at once."""
-    local = item.name.lower() in _BUNDLED or is_file_name(item.name)
-    if local and item.split:
-        raise InputError(
-            f"dataset {item.name!r} has no splits: remove split={'+'.join(item.split)}"
-        )
+    """(name for the log, rows) of one item."""
     if item.name.lower() in _BUNDLED:
         return f"bundled text (sha256 {pack.CALIBRATION_SHA256[:12]})", _bundled_rows(seed)
-    if local:
+    if is_file_name(item.name):
         return item.name, _shuffled(read_file(Path(item.name)), seed)
     return item.name, hub.rows(item.name, item.split, seed)
 

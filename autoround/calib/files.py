@@ -19,16 +19,20 @@ def is_file_name(name: str) -> bool:
     return path.suffix.lower() in _READERS or path.exists()
 
 
-def read_file(path: Path) -> Sequence[Any]:
-    """The rows of one file; raises InputError when it is missing, broken or of an unknown kind."""
-    reader = _READERS.get(path.suffix.lower())
+def check_file(path: Path) -> None:
+    """Raise InputError when there is no such file or its kind is unknown; reads nothing."""
     if not path.exists():
         raise InputError(f"dataset file {str(path)!r} does not exist: check the path")
-    if reader is None or not path.is_file():
+    if path.suffix.lower() not in _READERS or not path.is_file():
         kinds = ", ".join(_READERS)
         raise InputError(f"dataset {str(path)!r} cannot be read: give one file ending in {kinds}")
+
+
+def read_file(path: Path) -> Sequence[Any]:
+    """The rows of one file; raises InputError when it is missing, broken or of an unknown kind."""
+    check_file(path)
     try:
-        return reader(path)
+        return _READERS[path.suffix.lower()](path)
     except OSError as error:
         raise InputError(f"dataset file {str(path)!r} cannot be read: {error}") from error
     except UnicodeDecodeError as error:

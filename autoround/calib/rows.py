@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -71,8 +72,8 @@ class Renderer:
             yield _checked_ids(row, where)
         elif isinstance(first, Mapping) and _is_message(first):
             yield self._messages(row, where)
-        elif isinstance(row, tuple) and not isinstance(first, str):
-            yield from self.documents(first, where)  # (ids, mask) or (ids, labels)
+        elif _only_first_is_input(row):
+            yield from self.documents(first, where)
         else:
             for member in row:
                 yield from self.documents(member, where)
@@ -159,21 +160,34 @@ def _unusable(where: str, what: str) -> InputError:
     return InputError(f"{where} {what}: a row must be a string, token ids, or a dict with {known}")
 
 
+def _only_first_is_input(row: list[Any] | tuple[Any, ...]) -> bool:
+    """Whether the other members are masks or labels, as ``(ids, mask)`` or ``[texts, labels]``.
+
+    A DataLoader turns tuples into lists, so a list counts too when its members are whole batches
+    or are not all tensors; a list of 1-D tensors is a list of rows.
+    """
+    first = row[0]
+    if isinstance(first, Tensor):
+        return isinstance(row, tuple) or first.ndim == 2
+    mixed = any(isinstance(member, Tensor) for member in row[1:])
+    return mixed or (isinstance(row, tuple) and not isinstance(first, str))
+
+
 def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)  # numpy's integers too
 
 
 def _checked_ids(row: Any, where: str) -> list[int]:
     if not all(_is_id(value) and value >= 0 for value in row):
         raise _unusable(where, "holds something that is no token id")
-    return list(row)
+    return [int(value) for value in row]
 
 
 def _tensor_ids(row: Tensor, where: str) -> list[list[int]]:
     if row.ndim not in (1, 2) or row.is_floating_point() or row.is_complex():
         raise _unusable(where, f"is a tensor of {row.dtype} and {row.ndim} dimensions")
     rows = row.tolist() if row.ndim == 2 else [row.tolist()]
-    return [_checked_ids(list(map(int, ids)), where) for ids in rows]
+    return [_checked_ids([int(value) for value in ids], where) for ids in rows]
 
 
 def _id_rows(value: Any, where: str) -> list[list[int]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -55,7 +56,11 @@ def load_text(dataset: Any, n: int, seqlen: int = 4) -> list[str]:
         {"input_ids": ROWS},
         DataLoader(TensorDataset(torch.tensor(ROWS)), batch_size=4),
         DataLoader([{"input_ids": torch.tensor(row)} for row in ROWS], batch_size=5),
+        DataLoader(TensorDataset(torch.tensor(ROWS), torch.ones(6, 4)), batch_size=4),
+        DataLoader([torch.tensor(row) for row in ROWS], batch_size=4, collate_fn=list),  # type: ignore[arg-type]
         TensorDataset(torch.tensor(ROWS)),
+        np.array(ROWS),
+        [list(row) for row in np.array(ROWS)],
         ({"input_ids": row} for row in ROWS),
     ],
     ids=lambda value: type(value).__name__,
@@ -67,6 +72,11 @@ def test_python_objects(dataset: Any) -> None:
 def test_a_dataloader_of_strings() -> None:
     loader = DataLoader(["abcd", "efgh", "ijkl"], batch_size=2)  # type: ignore[arg-type]
     assert load_text(loader, 3) == ["abcd", "efgh", "ijkl"]
+
+
+def test_a_dataloader_of_texts_with_labels() -> None:
+    loader = DataLoader([("abcd", 7), ("efgh", 8)], batch_size=2)  # type: ignore[arg-type]
+    assert load_text(loader, 2) == ["abcd", "efgh"]
 
 
 def test_an_endless_stream_is_read_only_as_far_as_needed() -> None:
@@ -234,6 +244,12 @@ def test_a_dataset_that_is_not_there_is_not_replaced(fake_datasets: list[Any]) -
 def test_unknown_bare_names_are_refused_without_asking_anybody(fake_datasets: list[Any]) -> None:
     with pytest.raises(InputError, match="neither a file nor a dataset known by that name"):
         load_text("pile10k", 1)
+    assert fake_datasets == []
+
+
+def test_every_name_is_checked_before_anything_is_loaded(fake_datasets: list[Any]) -> None:
+    with pytest.raises(InputError, match=r"'gone\.txt' does not exist"):
+        load_text("pile-10k, gone.txt", 4)
     assert fake_datasets == []
 
 
