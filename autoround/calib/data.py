@@ -304,7 +304,7 @@ def _fill(feeds: list[_Feed], wish: _Wish) -> None:
 
 
 def _too_few(feeds: list[_Feed], wish: _Wish) -> InputError:
-    """How much there was and what would fit; every feed has been read to its end by now."""
+    """How much there was and what would fit; what fell short has been read to its end by now."""
     got = sum(len(feed.rows) for feed in feeds)
     tokens = sum(feed.packer.tokens for feed in feeds)
     documents = sum(feed.packer.documents for feed in feeds)
@@ -316,6 +316,8 @@ def _too_few(feeds: list[_Feed], wish: _Wish) -> InputError:
     remedies = [f"--seqlen {shorter}"] * (shorter is not None) + [f"--nsamples {got}"] * (got > 0)
     advice = f"use {' or '.join(remedies)}, or a larger dataset" if remedies else "use a larger one"
     dropped = sum(feed.packer.dropped for feed in feeds)
+    if dropped > got:  # text that a tokenizer does not know becomes <unk> <unk> <unk>
+        advice = "check that this tokenizer fits this text, and the text itself"
     note = f", {dropped} samples dropped as one repeated token" if dropped else ""
     names = ", ".join(feed.item.name for feed in feeds)
     return InputError(
@@ -325,7 +327,7 @@ def _too_few(feeds: list[_Feed], wish: _Wish) -> InputError:
 
 
 def _capacity(feed: _Feed, seqlen: int) -> int:
-    rows = feed.packer.tokens // seqlen
+    rows = (feed.packer.tokens - feed.packer.dropped * feed.packer.seqlen) // seqlen
     return rows if feed.item.num is None else min(rows, feed.item.num)
 
 

@@ -22,7 +22,7 @@ class Packer:
         self.whole = 0
         self.packed = 0
         self.dropped = 0
-        self._seqlen = seqlen
+        self.seqlen = seqlen
         self._concat = concat
         self._stream: list[int] = []
         self._spare: deque[list[int]] = deque()
@@ -36,12 +36,12 @@ class Packer:
             return
         self.documents += 1
         ending = [close] if close is not None and ids[-1] != close else []
-        if self._concat or len(ids) < self._seqlen:
+        if self._concat or len(ids) < self.seqlen:
             self.tokens += len(ids) + len(ending)
             self._extend(ids + ending)
             return
-        self.whole += self._keep(ids[: self._seqlen])
-        rest = ids[self._seqlen :]
+        self.whole += self._keep(ids[: self.seqlen])
+        rest = ids[self.seqlen :]
         if rest:
             self._spare.append(rest + ending)
         self.tokens += len(ids) + (len(ending) if rest else 0)
@@ -63,14 +63,14 @@ class Packer:
 
     def _extend(self, ids: list[int]) -> None:
         self._stream.extend(ids)
-        full = len(self._stream) // self._seqlen * self._seqlen
-        for start in range(0, full, self._seqlen):
-            self.packed += self._keep(self._stream[start : start + self._seqlen])
+        full = len(self._stream) // self.seqlen * self.seqlen
+        for start in range(0, full, self.seqlen):
+            self.packed += self._keep(self._stream[start : start + self.seqlen])
         del self._stream[:full]
 
     def _keep(self, row: list[int]) -> bool:
         # A row of padding or of one filler token says nothing about the weights.
-        if Counter(row).most_common(1)[0][1] * 2 > self._seqlen:
+        if Counter(row).most_common(1)[0][1] * 2 > self.seqlen:
             self.dropped += 1
             return False
         self.rows.append(row)

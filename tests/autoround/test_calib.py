@@ -186,6 +186,11 @@ def test_too_few_tokens_says_how_many_and_what_would_fit() -> None:
     assert load(texts, n=3, length=64).ids.shape == (3, 64)
 
 
+def test_a_tokenizer_that_does_not_know_the_text_is_suspected() -> None:
+    with pytest.raises(InputError, match="check that this tokenizer fits this text"):
+        load(["all of this is unknown"])
+
+
 def test_nothing_at_all() -> None:
     with pytest.raises(InputError, match="gives 0 samples of 4 tokens"):
         load([])
