@@ -17,7 +17,7 @@ from autoround.errors import InputError
 from autoround.loading import load
 from autoround.models import resolve
 from autoround.pipeline import load_tokenizer
-from hal import QExperts, QLinear
+from hal import QExperts, QLinear, Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,7 @@ class Evaluation:
     nbytes: int
     float_nbytes: int
     quantized_layers: int
+    bits_per_weight: float
     comparison: Comparison | None
     cosine: float | None
     speed: float | None
@@ -73,8 +74,15 @@ def evaluate(
     if tokenizer is None:
         raise InputError(f"{against} has no tokenizer that loads; evaluation needs one")
     quantized, reference = (load(path, device_map=device_map) for path in (where, source))
-    layers = sum(isinstance(m, QLinear | QExperts) for m in quantized.modules())
-    facts = (model, against, _weight_bytes(where), _weight_bytes(source), layers)
+    weights = [w for m in quantized.modules() for w in _weights(m)]
+    facts = (
+        model,
+        against,
+        _weight_bytes(where),
+        _weight_bytes(source),
+        len(weights),
+        _bits(weights),
+    )
     if reference.get_output_embeddings() is None:
         texts = _sentences(pack.heldout() if dataset is None else [dataset])
         cosine = embedding_cosine(quantized, reference, _tokenized(tokenizer, texts, nsamples))
@@ -85,6 +93,19 @@ def evaluate(
     comparison = compare(quantized, reference, ids)
     speed, float_speed = decode_speed([quantized, reference], ids[:1, : seqlen // 2])
     return Evaluation(*facts, comparison, None, speed, float_speed)
+
+
+def _weights(module: Any) -> list[Weight]:
+    if isinstance(module, QLinear):
+        return [module.weight] if module.weight else []
+    return [w for w in (module.up, module.down) if w] if isinstance(module, QExperts) else []
+
+
+def _bits(weights: list[Weight]) -> float:
+    """Mean stored bits of a quantized weight, scales and zero points included."""
+    sizes = [w.shape[0] * w.shape[1] for w in weights]
+    bits = sum(w.spec.bits_per_weight(w.shape[1]) * n for w, n in zip(weights, sizes, strict=True))
+    return bits / max(sum(sizes), 1)
 
 
 def _weight_bytes(path: Path) -> int:

