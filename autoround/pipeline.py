@@ -338,5 +338,10 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def peak_bytes() -> int:
-    """Largest resident size of this process so far (page cache of mapped files included)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Largest resident size of this process so far, mapped file pages included."""
+    try:
+        # ru_maxrss starts at the parent's size after fork and exec; VmHWM is this program's own.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
     rows = [("autoround RTN", _ours(job, iters=0)), ("autoround", _ours(job, iters=o.iters))]
     if o.peer:
         python = o.peer_python or environment(o.peer)
-        rows.append((o.peer, _measured(job, str(python), "peers/auto_round.py", o.peer)))
+        rows.append((o.peer, _measured(job, str(python), "peers/intel_auto_round.py", o.peer)))
     print(made.description)
     Console(width=110).print(_table(rows))
     (o.output / "result.json").write_text(json.dumps(dict(rows), indent=1) + "\n")
@@ -85,7 +85,7 @@ def environment(peer: str) -> Path:
 
 
 def _ours(job: Job, iters: int) -> dict[str, Any]:
-    return _measured(replace(job, iters=iters), sys.executable, "peers/ours.py", f"ours-{iters}")
+    return _measured(replace(job, iters=iters), sys.executable, "peers/own.py", f"ours-{iters}")
 
 
 def _measured(job: Job, python: str, script: str, name: str) -> dict[str, Any]:

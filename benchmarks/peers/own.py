@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One tuning job with autoround: MODEL TOKENS OUTPUT BITS GROUP ITERS BATCH, JSON on the last line."""
+"""One tuning job with autoround: MODEL TOKENS OUTPUT BITS GROUP ITERS BATCH; prints JSON last."""
 
 import json
 import sys
