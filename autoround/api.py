@@ -12,10 +12,9 @@ from autoround import pipeline
 from autoround.artefact import check_output
 from autoround.errors import InputError
 from autoround.loading import load
-from autoround.options import build_recipe, default_output, split_names
+from autoround.options import build_recipe, default_output, device_by_name, split_names
 from autoround.recipe import Recipe
 from autoround.scheme import Scheme
-from hal import device as devices
 
 
 class AutoRound:
@@ -87,7 +86,7 @@ class AutoRound:
             },
         )
         self.tokenizer = tokenizer
-        self.device = devices.resolve(device_map)
+        self.device = device_by_name(device_map)
         self.trust_remote_code = trust_remote_code
         self._dataset = None if isinstance(dataset, str) else dataset
         self._work = tempfile.TemporaryDirectory(prefix="autoround-")
@@ -110,7 +109,7 @@ class AutoRound:
 
     def quantize(self) -> tuple[Any, dict[str, Scheme]]:
         """Quantize; returns the model running on `hal.qgemm` and every layer's scheme."""
-        out = Path(self._work.name) / "result"
+        out = Path(tempfile.mkdtemp(prefix="result-", dir=self._work.name))
         self._quantize(self.recipe, out)
         assert self._run is not None
         return load(out), dict(self._run.plan.modules)

@@ -39,15 +39,20 @@ def check_output(output: Path) -> None:
 @contextlib.contextmanager
 def output_directory(output: Path) -> Iterator[None]:
     """Create the directory; a failed run takes away what it made."""
-    existed = output.exists()
+    made = [path for path in (output, *output.absolute().parents) if not path.exists()]
     output.mkdir(parents=True, exist_ok=True)
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         for path in output.iterdir():
             path.unlink() if path.is_file() else shutil.rmtree(path)
-        if not existed:
-            output.rmdir()
+        for path in made:
+            with contextlib.suppress(OSError):  # someone else has put something there since
+                path.rmdir()
+        if isinstance(error, OSError):
+            raise InputError(
+                f"stopped while writing {output} ({error}); free some space or choose another -o"
+            ) from error
         raise
 
 

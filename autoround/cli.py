@@ -133,12 +133,12 @@ def quantize(
 
 def _run(recipe: Any, model: str, output: Path, how: tuple[str | None, bool, bool]) -> None:
     from autoround import pipeline
+    from autoround.options import device_by_name
     from autoround.terminal import Terminal, summary
-    from hal import device as devices
 
     device_map, trust_remote_code, quiet = how
     console = _console(quiet)
-    source = pipeline.Source(model, devices.resolve(device_map), trust_remote_code)
+    source = pipeline.Source(model, device_by_name(device_map), trust_remote_code)
     with Terminal(console, recipe.iters) as terminal:
         run = pipeline.quantize(recipe, source, output, progress=terminal)
     console.print(summary(run, run.source_bytes))

@@ -11,6 +11,7 @@ from autoround import cli
 from autoround.errors import InputError
 
 MODEL = ("--model", "--model_name", "--model_name_or_path")
+OUTPUT = {"-o", "--output", "--output_dir", "--output-dir"}
 RENAMED = {
     "--formats": "--format",
     "--train_bs": "--batch-size",
@@ -41,7 +42,7 @@ def translate(arguments: list[str], recipe: str) -> list[str]:
         return ["quantize", "--help"]
     if model is None:
         raise InputError("no model given; name it with --model DIRECTORY")
-    parent = [] if "--output_dir" in own else ["--output_dir", "tmp_autoround"]
+    parent = [] if OUTPUT & set(own) else ["--output_dir", "tmp_autoround"]
     return ["quantize", model, "--recipe", recipe, *parent, *own]
 
 

@@ -9,8 +9,9 @@ import transformers
 
 from autoround.errors import InputError
 from autoround.integrations import hook
-from autoround.models import resolve
-from hal import device as devices
+from autoround.models import compat, resolve
+from autoround.models.header import read_header
+from autoround.options import device_by_name
 
 
 def load(
@@ -25,10 +26,12 @@ def load(
     where = resolve(str(path))
     if not (where / "config.json").is_file():
         raise InputError(f"{where} has no config.json; give the directory of a finished model")
-    config = transformers.AutoConfig.from_pretrained(str(where), local_files_only=True)
+    for file in sorted(where.glob("*.safetensors")):
+        read_header(file)  # a truncated file is told in one line
+    config = compat.load_config(str(where), trust_remote_code=False)
     names = getattr(config, "architectures", None) or ["AutoModelForCausalLM"]
     kind = getattr(transformers, names[0], transformers.AutoModelForCausalLM)
     model: Any = kind.from_pretrained(
         str(where), dtype=dtype or "auto", local_files_only=True, use_safetensors=True
     )
-    return model.to(devices.resolve(device_map)).eval()
+    return model.to(device_by_name(device_map)).eval()

@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from autoround.errors import InputError
 from autoround.recipe import Recipe, recipe_by_name
 from autoround.scheme import Scheme
+from hal import device as devices
 
 #: Choices that only tuning uses; giving one to a run without tuning is a mistake worth naming.
 TUNING_ONLY = (
@@ -69,6 +72,14 @@ def split_names(text: str | None) -> tuple[str, ...] | None:
     if text is None:
         return None
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def device_by_name(device_map: str | int | None) -> torch.device:
+    """The device the user named, None = the first. Raises InputError naming what exists here."""
+    try:
+        return devices.resolve(device_map)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def default_output(model: str, scheme: Scheme) -> Path:

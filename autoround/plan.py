@@ -80,9 +80,12 @@ def make_plan(streamed: StreamedModel, recipe: Recipe) -> ModelPlan:
     Raises InputError before anything is read or written.
     """
     base = recipe.weight_scheme
-    found = [views(streamed, name) for name in streamed.blocks.names]
+    surveyed = [views(streamed, name) for name in streamed.blocks.names]
+    # Two blocks with one weight: rounded for the first, it would be wrong for the later one.
+    found = [[view for view in block if not view.tied] for block in surveyed]
+    shared = [view for block in surveyed for view in block if view.tied]
     head = head_view(streamed)
-    kept = _kept_modules(streamed)
+    kept = _kept_modules(streamed, shared)
     parts = [part for block in found for view in block for part in view.parts]
     wanted = _assign(recipe, base, parts, head, kept)
     packing = format_by_name(recipe.format).choose(set(wanted.values()))
@@ -112,9 +115,11 @@ def make_plan(streamed: StreamedModel, recipe: Recipe) -> ModelPlan:
     )  # fmt: skip
 
 
-def _kept_modules(streamed: StreamedModel) -> dict[str, str]:
+def _kept_modules(streamed: StreamedModel, shared: list[WeightView]) -> dict[str, str]:
     """Linear-like modules of the blocks that are never quantized, by checkpoint name -> why."""
-    kept: dict[str, str] = {}
+    aliases = [name.removesuffix(".weight") for view in shared for name in view.tied]
+    owners = [part.module for view in shared for part in view.parts]
+    kept = dict.fromkeys([*owners, *aliases], "shared between blocks")
     for block in streamed.blocks.names:
         for param, reason in skipped(streamed, block).items():
             for key in streamed.sources.get(param, ()):
@@ -150,7 +155,8 @@ def _settle(
     kept: dict[str, str],
 ) -> Scheme:
     """The scheme a view gets in the end; all its parts must agree. Records reasons in ``kept``."""
-    schemes = {wanted[part.module] for part in view.parts}
+    asked = [wanted[part.module] for part in view.parts]
+    schemes = {Scheme(KEEP_BITS) if s.bits == KEEP_BITS else s for s in asked}
     if len(schemes) > 1:
         raise InputError(
             f"the experts of {view.param} are one tensor and need one scheme; "

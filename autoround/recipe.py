@@ -19,6 +19,8 @@ def shard_bytes(text: str) -> int:
         size = float(number) * units[unit]
     except (ValueError, KeyError):
         raise InputError(f"max_shard_size={text!r}: write it like 5GB or 500MB") from None
+    if not math.isfinite(size):
+        raise InputError(f"max_shard_size={text!r}: write it like 5GB or 500MB")
     if size < 10**6:
         raise InputError(f"max_shard_size={text!r} is below 1MB")
     return int(size)

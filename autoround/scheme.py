@@ -84,15 +84,15 @@ def override(base: Scheme, changes: Mapping[str, Any] | str | Scheme, where: str
 def pattern(key: str, names: Iterable[str]) -> list[str]:
     """Names that ``key`` means: an exact name or whole module, else a regular expression, searched.
 
-    A key without metacharacters is a substring that ends at a dot or the end, so ``layers.1`` does
-    not reach ``layers.10``. Raises InputError when nothing matches.
+    A key without metacharacters is a substring; a number at either end of it is a whole number, so
+    ``layers.1`` does not reach ``layers.10``. Raises InputError when nothing matches.
     """
     names = list(names)
     own = [n for n in names if n == key or n.startswith(key + ".")]
     if own:
         return own
     plain = not re.search(r"[*^$|()\[\]?+\\]", key)
-    source = re.escape(key) + (r"(?!\d)" if key[-1:].isdigit() else "") if plain else key
+    source = rf"(?<!\d(?=\d)){re.escape(key)}(?!(?<=\d)\d)" if plain else key
     try:
         expression = re.compile(source)
     except re.error as error:

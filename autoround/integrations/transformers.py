@@ -7,12 +7,13 @@ a home in the model is an error. The packed tensors bypass transformers' loader:
 the files straight into the kernels' layout.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from autoround.errors import InputError
@@ -23,10 +24,11 @@ from hal import QExperts, QLinear, QTensor
 
 @dataclass(frozen=True, slots=True)
 class _Swap:
-    """A module to be quantized and, per weight in it, the packed modules it is made of."""
+    """A module to be quantized and, per weight in it, the packed modules it is made of and its
+    ``[N, K]``."""
 
     name: str
-    weights: dict[str, list[str]]
+    weights: dict[str, tuple[list[str], tuple[int, int]]]
 
 
 class AutoroundQuantizer(HfQuantizer):
@@ -57,7 +59,7 @@ class AutoroundQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for swap in self._swaps:
             module = model.get_submodule(swap.name)
-            read = {leaf: _stack(self._packed, names) for leaf, names in swap.weights.items()}
+            read = {leaf: self._packed.read(*made_of) for leaf, made_of in swap.weights.items()}
             if isinstance(module, QExperts):
                 up, down = (q for _, q in sorted(read.items(), key=lambda kv: "down" in kv[0]))
                 module.load(
@@ -85,14 +87,21 @@ def _find_homes(model: Any, packed: PackedFiles) -> list[_Swap]:
         name, _, leaf = target.rpartition(".")
         swap = swaps.setdefault(name, _Swap(name, {}))
         order = [key for row in zip(*source.groups, strict=True) for key in row]
-        swap.weights[leaf] = [key.removesuffix(".weight") for key in order]
-    head = {name for name in lost if "head" in name}
+        names = [key.removesuffix(".weight") for key in order]
+        swap.weights[leaf] = (names, _matrix_shape(model.get_submodule(name), leaf))
+    head = {name for name in lost if "head" in name.rpartition(".")[0].rpartition(".")[2]}
     if rest := sorted(set(lost) - head):
         raise InputError(
             f"{len(rest)} packed layers have no home in {type(model).__name__}, first {rest[0]}; "
             "load it with the class named in its config.json"
         )
     return list(swaps.values())
+
+
+def _matrix_shape(module: nn.Module, leaf: str) -> tuple[int, int]:
+    """``[N, K]`` of a weight, stacked experts below each other."""
+    *rows, k = getattr(module, leaf).shape
+    return (k, *rows) if compat.is_conv1d(module) else (math.prod(rows), k)
 
 
 def _replace(model: Any, swap: _Swap, dtype: torch.dtype) -> None:
@@ -124,20 +133,6 @@ def _gate(old: Any) -> Any:
         setattr(blank, name, value)
     blank.act_fn = old.act_fn
     return blank._apply_gate if getattr(old, "has_gate", True) else blank.act_fn
-
-
-def _stack(packed: PackedFiles, names: Sequence[str]) -> QTensor:
-    """Modules stacked along N (one, the members of a fused weight, or all experts)."""
-    read = [packed.read(name) for name in names]
-    if len({q.spec for q in read}) > 1:
-        raise InputError(
-            f"{names[0]} and its siblings are packed differently; they need one scheme"
-        )
-    parts: dict[str, Tensor] = {
-        part: torch.cat([q.parts[part] for q in read]) if len(read) > 1 else tensor
-        for part, tensor in read[0].parts.items()
-    }
-    return QTensor(read[0].spec, (parts["codes"].shape[0], read[0].shape[1]), "plain", parts)
 
 
 def _experts(q: QTensor, experts: int) -> QTensor:
