@@ -79,8 +79,8 @@ class PackedFiles:
             raise InputError(f"{module}: its tensors show {bits} bits; download it again")
         group = self._group(module, k, scales.shape[0])
         spec = Spec(f"u{bits}", 0 if group == k else group, "f16", "int")
-        try:
-            wanted = hal.describe(spec, (n, k), self.layout)
+        try:  # symmetric codes have stored tensors of the same shapes in every layout
+            wanted = hal.describe(Spec(f"s{bits}", spec.group), (n, k), self.layout)
         except hal.Unsupported as error:
             raise InputError(f"{module} cannot be read: {error}") from None
         for part, tensor in {**parts, "scales": scales}.items():
