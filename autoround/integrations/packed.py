@@ -11,6 +11,7 @@ from torch import Tensor
 
 import hal
 from autoround.errors import InputError
+from autoround.formats import stored_parts
 from hal import QTensor, Spec
 
 #: ``packing_format`` in a config -> hal layout.
@@ -80,7 +81,7 @@ class PackedFiles:
         group = self._group(module, k, scales.shape[0])
         spec = Spec(f"u{bits}", 0 if group == k else group, "f16", "int")
         try:  # symmetric codes have stored tensors of the same shapes in every layout
-            wanted = hal.describe(Spec(f"s{bits}", spec.group), (n, k), self.layout)
+            wanted = dict(stored_parts(Spec(f"s{bits}", spec.group), n, k, self.layout))
         except hal.Unsupported as error:
             raise InputError(f"{module} cannot be read: {error}") from None
         for part, tensor in {**parts, "scales": scales}.items():
