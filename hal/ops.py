@@ -114,8 +114,8 @@ def describe(spec: Spec, shape: tuple[int, int], layout: str) -> dict[str, Part]
     }
     if not spec.symmetric:
         parts["zero"] = torch.empty(groups, dtype=torch.uint8, device="meta")
-    packed = pack(QTensor(spec, shape, "plain", parts), layout)
-    return {name: Part(t.dtype, tuple(t.shape)) for name, t in packed.parts.items()}
+    packed = LAYOUTS[layout].pack(parts, spec)
+    return {name: Part(t.dtype, tuple(t.shape)) for name, t in packed.items()}
 
 
 def _repack(op: str, q: QTensor, layout: str) -> dict[str, Tensor]:
