@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SignRound against a wrapper written from the paper: plain torch, autograd, straight-through.
+
+The reference below follows algorithms.md 1.2 to 1.5 and shares no code with `hal` or the stage.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import hal
+from autoround import pipeline
+from autoround.models import Call, Samples
+from autoround.recipe import Recipe
+from autoround.scheme import Scheme
+from autoround.stages import BlockTask, LayerTask, Measure, Search, SignRound
+from autoround.stages.signround import Cyclic
+
+PGDOC = Path(__file__).parents[2] / "benchmarks/models/pgdoc"
+H, INNER, ROWS, COUNT = 32, 64, 6, 12
+
+
+class Block(nn.Module):
+    """A gated MLP with a residual: three weights, one path where gradients mix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(H, INNER), nn.Linear(H, INNER, bias=False)
+        self.down = nn.Linear(INNER, H)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor]:
+        x = hidden_states
+        return (x + self.down(torch.sigmoid(self.gate(x)) * self.up(x)),)
+
+
+class Wrapped:
+    """One weight of the reference: V, alpha, beta as leaves; what W becomes, by autograd."""
+
+    def __init__(self, w: Tensor, scheme: Scheme) -> None:
+        self.w, self.scheme = w, scheme
+        self.groups = w.shape[1] // scheme.group_size
+        g = self._grouped(w)
+        self.low, self.high = g.amin(-1).clamp(max=0), g.amax(-1).clamp(min=0)
+        self.v = torch.zeros_like(w, requires_grad=True)
+        self.alpha = torch.ones(self.low.shape, requires_grad=True)
+        self.beta = torch.ones(self.low.shape, requires_grad=True)
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        return x.view(x.shape[0], self.groups, -1)
+
+    def scale_zero(self) -> tuple[Tensor, Tensor]:
+        below, above = -self.low * self.alpha, self.high * self.beta
+        levels = 2**self.scheme.bits - 1
+        if self.scheme.sym:
+            sign = torch.where(above < below, 1.0, -1.0)
+            s = fp16(sign * torch.maximum(below, above) / 2 ** (self.scheme.bits - 1))
+            return s, torch.zeros_like(s)
+        s = fp16((above + below) / levels)
+        return s, rne(below / s).clamp(0, levels)
+
+    def __call__(self) -> Tensor:
+        s, z = (x[..., None] for x in self.scale_zero())
+        half = 2 ** (self.scheme.bits - 1)
+        least, most = (-half, half - 1) if self.scheme.sym else (0, 2 * half - 1)
+        q = (rne(self._grouped(self.w) / s + self._grouped(self.v)) + z).clamp(least, most)
+        return (s * (q - z)).view_as(self.w)
+
+    @property
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.v, self.alpha, self.beta
+
+
+def rne(x: Tensor) -> Tensor:
+    """Rounding, straight-through."""
+    return x + (x.round() - x).detach()
+
+
+def fp16(x: Tensor) -> Tensor:
+    """Storage in fp16, straight-through."""
+    return x + (x.half().float() - x).detach()
+
+
+def reference(
+    block: Block,
+    xs: list[Tensor],
+    ys: list[Tensor],
+    scheme: Scheme,
+    stage: SignRound,
+    order: list[list[int]],
+) -> tuple[dict[str, Wrapped], list[float]]:
+    """The loop of algorithms.md 1.5; leaves end as the best step's, copied before its update."""
+    wrapped = {
+        f"{name}.weight": Wrapped(m.weight.detach(), scheme) for name, m in block.named_children()
+    }
+    best, kept, losses = float("inf"), {}, []
+    for t, indices in enumerate(order):
+        total = 0.0
+        for start in range(0, len(indices), stage.batch_size):
+            micro = indices[start : start + stage.batch_size]
+            x, y = torch.cat([xs[i] for i in micro]), torch.cat([ys[i] for i in micro])
+            out = functional_call(block, {n: w() for n, w in wrapped.items()}, (x,))[0]
+            loss = ((out - y) ** 2).mean() * len(micro) / len(indices)
+            (1000 * loss).backward()
+            total += loss.item()
+        losses.append(total)
+        if total < best:
+            best = total
+            kept = {n: [p.detach().clone() for p in w.leaves] for n, w in wrapped.items()}
+        lr = stage.lr(scheme.bits) * (1 - t / stage.iters)
+        range_lr = stage.minmax_lr(scheme.bits) * (1 - t / stage.iters)
+        with torch.no_grad():
+            for w in wrapped.values():
+                for p, step in zip(w.leaves, (lr, range_lr, range_lr), strict=True):
+                    p -= step * p.grad.sign()
+                    p.grad = None
+                w.alpha.clamp_(0, 1)
+                w.beta.clamp_(0, 1)
+    with torch.no_grad():
+        for name, w in wrapped.items():
+            for p, value in zip(w.leaves, kept[name], strict=True):
+                p.copy_(value)
+    return wrapped, losses
+
+
+def case(scheme: Scheme) -> tuple[Block, list[Tensor], list[Tensor], BlockTask]:
+    """A block, its inputs and float outputs, and the same as a task for the stage."""
+    torch.manual_seed(5)
+    block = Block().eval().requires_grad_(False)
+    xs = [torch.randn(1, ROWS, H) for _ in range(COUNT)]
+    ys = [block(x)[0] for x in xs]
+    assert scheme.spec is not None
+    layers = {
+        f"{name}.weight": LayerTask(scheme.spec, m.weight.detach().clone(), lambda m: m)
+        for name, m in block.named_children()
+    }
+    task = BlockTask(0, block, layers, contextlib.nullcontext)
+    task.x = Samples({i: Call((x,), {}) for i, x in enumerate(xs)})
+    task.y = dict(enumerate(ys))
+    return block, xs, ys, task
+
+
+def stage(told: Callable[[int, float], None] = lambda t, loss: None, **changes: Any) -> SignRound:
+    plain = SignRound(20, 4, 1, lambda bits: 0.02, lambda bits: 0.04 / 2**bits, 7, told)
+    return replace(plain, **changes)
+
+
+def order_of(s: SignRound) -> list[list[int]]:
+    """The batches a stage takes, by its own rule: seed and block, reshuffled when short."""
+    random, items, batches = Random(f"{s.seed}:0"), list(range(COUNT)), []
+    size, at = min(s.batch_size * s.accumulate, COUNT), COUNT
+    for _ in range(s.iters):
+        if at + size > COUNT:
+            random.shuffle(items)
+            at = 0
+        batches.append(items[at : at + size])
+        at += size
+    return batches
+
+
+SCHEMES = [Scheme(b, g, sym) for b, g in ((2, 16), (4, 32), (8, 16)) for sym in (True, False)]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_equal_to_autograd(scheme: Scheme) -> None:
+    told: list[float] = []
+    run = stage(lambda t, loss: told.append(loss))
+    block, xs, ys, task = case(scheme)
+    Search().run(task)
+    run.run(task)
+    wrapped, losses = reference(block, xs, ys, scheme, run, order_of(run))
+    assert told == pytest.approx(losses, rel=1e-4)
+    assert min(losses) < 0.9 * losses[0]
+    for name, layer in task.layers.items():
+        p, w = layer.ready, wrapped[name]
+        same_v = (p.v - w.v).abs() < 1e-6
+        same_range = ((p.lo - w.alpha).abs() < 1e-6) & ((p.hi - w.beta).abs() < 1e-6)
+        # A sign may differ where autograd's and our sum cancel to rounding: a sum of G terms has an
+        # error of G * 2^-24 of its largest, so about that share of the signs is open each step.
+        open_signs = run.iters * scheme.group_size * 2.0**-24
+        assert (~same_range).sum() <= max(1, open_signs * same_range.numel())
+        reached = (~same_range).repeat_interleave(scheme.group_size, 1)
+        assert (~same_v & ~reached).sum() <= max(1, open_signs * same_v.numel())
+        ours = hal.dequantize(hal.quantize(layer.w, p, layer.spec), dtype=torch.float32)
+        assert torch.equal(ours, hal.qdq(layer.w, p, layer.spec))
+        theirs = w().detach()
+        step = w.scale_zero()[0].abs().repeat_interleave(scheme.group_size, 1)
+        # Equal up to the f32 rounding of the straight-through sums, except for such elements.
+        differs = (ours - theirs).abs() > 1e-5 * step * 2**scheme.bits
+        assert (differs & ~reached).sum() <= max(1, open_signs * differs.numel())
+
+
+def test_first_step_and_decay() -> None:
+    """After t updates at constant sign, V has moved by the sum of a linear schedule."""
+    run = stage(iters=4, batch_size=COUNT)
+    _, _, _, task = case(Scheme(4, 32))
+    Search().run(task)
+    seen: list[dict[str, Tensor]] = []
+    original = hal.qdq_step_
+
+    def spy(p: hal.Params, w: Tensor, grad: Tensor, spec: hal.Spec, **rates: float) -> None:
+        before = p.v.clone()
+        original(p, w, grad, spec, **rates)
+        seen.append({"moved": (p.v - before).abs(), "rate": torch.tensor(rates["lr_v"]),
+                     "range": torch.tensor(rates["lr_range"])})  # fmt: skip
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hal, "qdq_step_", spy)
+        run.run(task)
+    rates = [round(float(s["rate"]), 9) for s in seen[::3]]
+    assert rates == [0.02, 0.015, 0.01, 0.005]
+    assert [round(float(s["range"]), 9) for s in seen[::3]] == [0.0025, 0.001875, 0.00125, 0.000625]
+    for s in seen:
+        moved = s["moved"][s["moved"] > 0]
+        assert moved.numel()
+        assert (moved - s["rate"]).abs().max() < 1e-7
+
+
+def test_best_step_is_kept_before_its_update() -> None:
+    """With a step so large that every update hurts, the start is the result."""
+    _, _, _, task = case(Scheme(8, 16))
+    Search().run(task)
+    told: list[float] = []
+    huge = stage(lambda t, loss: told.append(loss), lr=lambda bits: 30.0, batch_size=COUNT, iters=5)
+    huge.run(task)
+    assert min(told) == told[0]
+    for layer in task.layers.values():
+        assert not layer.ready.v.any()
+        assert (layer.ready.lo == 1).all()
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(4, 2), (3, 4), (2, 3)])
+def test_accumulation_equals_a_bigger_batch(batch: int, steps: int) -> None:
+    results, losses = [], []
+    for size, accumulate in ((batch, steps), (batch * steps, 1)):
+        _, _, _, task = case(Scheme(4, 16))
+        Search().run(task)
+        told: list[float] = []
+        run = stage(lambda t, loss, to=told: to.append(loss), batch_size=size)
+        replace(run, accumulate=accumulate).run(task)
+        results.append(task)
+        losses.append(told)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for name, layer in results[0].layers.items():
+        same = layer.ready.v == results[1].layers[name].ready.v
+        assert (~same).float().mean() < 1e-3  # signs of sums that cancel
+
+
+def test_range_is_left_alone_without_minmax_tuning() -> None:
+    _, _, _, task = case(Scheme(4, 16, False))
+    Search().run(task)
+    stage(minmax_lr=lambda bits: 0.0).run(task)
+    for layer in task.layers.values():
+        assert layer.ready.v.any()
+        assert (layer.ready.lo == 1).all()
+        assert (layer.ready.hi == 1).all()
+
+
+def test_recipe_decides_the_steps() -> None:
+    made = pipeline._signround(Recipe(iters=1000), lambda t, loss: None)
+    assert [made.lr(b) for b in (2, 3, 4)] == [2e-3, 2e-3, 1e-3]
+    assert [made.minmax_lr(b) for b in (2, 4)] == [2e-3, 1e-3]
+    off = pipeline._signround(Recipe(enable_minmax_tuning=False), lambda t, loss: None)
+    assert (off.lr(4), off.minmax_lr(4)) == (5e-3, 0.0)
+    own = pipeline._signround(Recipe(lr=0.1, minmax_lr=0.2), lambda t, loss: None)
+    assert (own.lr(2), own.minmax_lr(2)) == (0.1, 0.2)
+
+
+@pytest.mark.parametrize(("count", "size"), [(12, 4), (12, 5), (7, 8), (1, 1)])
+def test_cyclic_batches(count: int, size: int) -> None:
+    sampler = Cyclic(range(count), size, Random(3))
+    own = min(count, size)
+    per_round = count // own
+    for _ in range(5):
+        visits = Counter(i for _ in range(per_round) for i in sampler.next())
+        assert sum(visits.values()) == per_round * own
+        assert set(visits.values()) == {1}  # nothing twice in a round; what is left over is dropped
+    assert Cyclic(range(12), 4, Random(3)).next() == Cyclic(range(12), 4, Random(3)).next()
+
+
+def test_order_depends_on_seed_and_block_only() -> None:
+    def order(seed: int, block: int) -> list[int]:
+        random = stage(seed=seed)._random(block)
+        return Cyclic(range(100), 100, random).next()
+
+    assert order(1, 2) == order(1, 2)
+    assert len({tuple(order(s, b)) for s in (1, 2) for b in (1, 2)}) == 4
+
+
+def test_deterministic() -> None:
+    results = []
+    for _ in range(2):
+        _, _, _, task = case(Scheme(3, 16, False))
+        Search().run(task)
+        stage().run(task)
+        results.append([t for la in task.layers.values() for t in (la.ready.v, la.ready.lo)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_measure_is_the_mean_over_all_samples() -> None:
+    block, xs, ys, task = case(Scheme(2, 16))
+    Search().run(task)
+    Measure("rtn").run(task)
+    weights = {n: Wrapped(la.w, Scheme(2, 16))().detach() for n, la in task.layers.items()}
+    errors = [
+        ((functional_call(block, weights, (x,))[0] - y) ** 2).double().mean()
+        for x, y in zip(xs, ys, strict=True)
+    ]
+    assert task.report["rtn"] == pytest.approx(float(sum(errors)) / COUNT, rel=1e-4)
+
+
+# ---- in the pipeline -------------------------------------------------------------------------
+
+
+class Watch(pipeline.Silent):
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+
+    def step(self, t: int, loss: float) -> None:
+        self.steps.append(loss)
+
+
+def tuned(output: Path, **changes: Any) -> pipeline.Run:
+    recipe = Recipe(bits=2, group_size=32, iters=8, nsamples=8, seqlen=32, batch_size=4, lr=0.02)
+    source = pipeline.Source(PGDOC, torch.device("cpu"))
+    return pipeline.quantize(replace(recipe, **changes), source, output)
+
+
+def test_tuning_beats_rounding_on_a_trained_model(tmp_path: Path) -> None:
+    run = tuned(tmp_path / "out")
+    assert [b.index for b in run.blocks] == list(range(len(run.plan.blocks)))
+    for block in run.blocks:
+        assert 0 < block.loss < block.loss_rtn
+
+
+@pytest.mark.parametrize("chained", [True, False])
+def test_blocks_are_tuned_on_the_chain_asked_for(
+    chained: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Block 1's inputs are the outputs of block 0: quantized with the option, float without."""
+    seen: list[dict[str, Any]] = []
+    original = pipeline._Engine._run_stages
+
+    def spy(self: Any, task: BlockTask) -> None:
+        original(self, task)
+        assert task.x is not None
+        assert task.y is not None
+        call = task.x.gather([0])
+        weights = pipeline._dequantized(task)
+        with torch.no_grad():
+            rounded = task.forward(call, weights)
+            plain = task.forward(call, {})
+        out = [x[0] if isinstance(x, tuple) else x for x in (rounded, plain)]
+        seen.append({"x": call.hidden.clone(), "rounded": out[0], "float": out[1],
+                     "y": task.y[0].clone()})  # fmt: skip
+
+    monkeypatch.setattr(pipeline._Engine, "_run_stages", spy)
+    # One sample a batch, so that every forward is the same arithmetic.
+    tuned(tmp_path / "out", enable_quanted_input=chained, batch_size=1, nsamples=4)
+    for before, after in pairwise(seen):
+        assert not torch.equal(before["rounded"], before["float"])
+        assert torch.equal(after["x"], before["rounded" if chained else "y"])
+    # The target is always the float chain's.
+    assert torch.equal(seen[0]["y"], seen[0]["float"])
+    assert torch.equal(seen[1]["y"], seen[1]["float"]) is not chained
