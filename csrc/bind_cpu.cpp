@@ -147,7 +147,7 @@ struct Tiles {
   // Without the GIL.
   static void multiply(const HalTable& f, HalGemm a, int threads) {
     const int64_t first = a.first / 64, last = (a.first + a.n + 63) / 64, work = a.m * a.n * a.w.s.k;
-    a.prepared = scratch(a.m * (a.w.kp + a.w.s.groups) * 4);
+    a.prepared = scratch(f.prepared_bytes(&a));
     const int helpers = work < 1 << 20 ? 1 : threads;
     hal::parallel(a.m, a.m * a.w.kp, helpers,
                   [&](int64_t i, int64_t end) { f.prepare_x(&a, i, end); });

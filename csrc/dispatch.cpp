@@ -7,6 +7,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace hal {
 namespace {
@@ -14,7 +18,7 @@ namespace {
 #if defined(__x86_64__)
 
 struct Features {
-  bool avx2, avx512, avx512vnni;
+  bool avx2, avx512, avx512vnni, amx;
 };
 
 bool has(uint32_t word, int first, int second = -1, int third = -1, int fourth = -1) {
@@ -31,6 +35,16 @@ uint64_t enabled_state() {
   return (uint64_t)high << 32 | low;
 }
 
+// Linux gives the 8 KB of tile state to a process only when asked: arch_prctl(ARCH_REQ_XCOMP_PERM,
+// XFEATURE_XTILE_DATA).
+bool tiles_granted() {
+#if defined(__linux__)
+  return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+#else
+  return false;
+#endif
+}
+
 Features features() {
   Features f = {};
   uint32_t a, b, c, d;
@@ -40,14 +54,16 @@ Features features() {
   f.avx2 = has(b, 5, 8);                                                       // avx2 bmi2
   if (!f.avx2 || (state & 0xe6) != 0xe6) return f;                             // opmask, zmm
   f.avx512 = has(b, 16, 17, 30, 31);                                           // f dq bw vl
-  const bool byte_and_dot = has(c, 1, 11);                                     // vbmi vnni
+  const bool byte_and_dot = has(c, 1, 11), tiles = has(d, 22, 24);  // vbmi vnni; amx bf16 tile
   f.avx512vnni = f.avx512 && byte_and_dot && __get_cpuid_count(7, 1, &a, &b, &c, &d) && has(a, 5);
+  f.amx = f.avx512vnni && tiles && (state & 0x60000) == 0x60000 && tiles_granted();
   return f;  // leaf 7.1 eax bit 5: bf16
 }
 
 Tables find() {
   const Features f = features();
   Tables t = {{}, 0};
+  if (f.amx) t.rows[t.count++] = &hal_table_amx;
   if (f.avx512vnni) t.rows[t.count++] = &hal_table_avx512vnni;
   if (f.avx512) t.rows[t.count++] = &hal_table_avx512;
   if (f.avx2) t.rows[t.count++] = &hal_table_avx2;

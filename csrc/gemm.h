@@ -33,24 +33,25 @@ HAL_INLINE void block_lanes(const uint8_t* in, int bits, uint32_t lanes[2][16]) 
     }
     return;
   }
-#if HAL_LEVEL == HAL_LEVEL_AVX512VNNI
-  if (bits < 8) {
-    const __m512i step = _mm512_set1_epi64(0x0706050403020100);
-    const __m512i qword = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
-    const __m512i start = _mm512_mullo_epi64(_mm512_mullo_epi64(qword, _mm512_set1_epi64(bits)),
-                                             _mm512_set1_epi64(0x0101010101010101));
-    const __m512i where = _mm512_add_epi8(start, step);
-    const __m512i shift = _mm512_mullo_epi64(step, _mm512_set1_epi64(bits));
-    const __m512i mask = _mm512_set1_epi8((char)((1 << bits) - 1));
-    for (int h = 0; h < 2; h++) {
-      const __m512i x = _mm512_maskz_loadu_epi8((1ull << 8 * bits) - 1, in + h * 8 * bits);
-      const __m512i y = _mm512_permutexvar_epi8(where, x);
-      _mm512_storeu_si512(lanes[h],
-                          _mm512_and_si512(_mm512_multishift_epi64_epi8(shift, y), mask));
-    }
+  if (bits == 8) {
+    __builtin_memcpy(lanes, in, 128);
     return;
   }
-#endif
+#if HAL_LEVEL >= HAL_LEVEL_AVX512VNNI
+  // Qword i of the stream holds 8 codes in its B bytes: vpermb brings them there, vpmultishiftqb
+  // moves code j to byte j. Bytes past the B are read as something and never looked at.
+  const __m512i step = _mm512_set1_epi64(0x0706050403020100);
+  const __m512i qword = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m512i bytes = _mm512_set1_epi64(bits * 0x0101010101010101);
+  const __m512i where = _mm512_add_epi8(_mm512_mullo_epi64(qword, bytes), step);
+  const __m512i shift = _mm512_mullo_epi64(step, _mm512_set1_epi64(bits));
+  const __m512i mask = _mm512_set1_epi8((char)((1 << bits) - 1));
+  for (int h = 0; h < 2; h++) {
+    const __m512i x = _mm512_maskz_loadu_epi8((1ull << 8 * bits) - 1, in + h * 8 * bits);
+    const __m512i y = _mm512_permutexvar_epi8(where, x);
+    _mm512_storeu_si512(lanes[h], _mm512_and_si512(_mm512_multishift_epi64_epi8(shift, y), mask));
+  }
+#else
   for (int h = 0; h < 2; h++) {
     for (int i = 0; i < 8; i++) {
       uint64_t x = 0;
@@ -63,6 +64,7 @@ HAL_INLINE void block_lanes(const uint8_t* in, int bits, uint32_t lanes[2][16]) 
       __builtin_memcpy(lanes[h] + 2 * i, &x, 8);
     }
   }
+#endif
 }
 
 // Byte j of every lane as a number.
@@ -172,6 +174,8 @@ static void block_f32(const HalGemm& a, int64_t tile, int64_t row, int64_t rows,
   }
 }
 
+static int64_t size_f32(const HalGemm& a) { return a.m * a.w.kp * 4; }
+
 // x as f32, every group padded with zeros to a multiple of 8.
 static void prepare_f32(const HalGemm& a, int64_t row, int64_t end) {
   by_dtype(a.w.s.dtype, [&](auto dtype) __attribute__((always_inline)) {
@@ -207,13 +211,18 @@ HAL_INLINE void finish(const HalGemm& a, int64_t tile, int64_t row, int64_t rows
   }
 }
 
-// What a level multiplies with: f32 everywhere; bf16 dot products where the level has them.
+// What a level multiplies with: f32 everywhere; bf16 dot products or matrices where it has them.
 struct Path {
   void (*block)(const HalGemm&, int64_t tile, int64_t row, int64_t rows, float* sums);
   void (*prepare)(const HalGemm&, int64_t row, int64_t end);
+  int64_t (*prepared)(const HalGemm&);  // bytes
+  void (*begin)();  // before the first block of a thread, may be null
+  void (*end)();    // after the last
 };
 
 static Path path_of(const HalGemm& a);
+
+static int64_t prepared_size(const HalGemm* a) { return path_of(*a).prepared(*a); }
 
 static void prepare_rows(const HalGemm* a, int64_t row, int64_t end) {
   path_of(*a).prepare(*a, row, end);
@@ -222,6 +231,7 @@ static void prepare_rows(const HalGemm* a, int64_t row, int64_t end) {
 static void gemm_tiles(const HalGemm* a, int64_t tile, int64_t end) {
   alignas(64) float sums[M_BLOCK * TILE + 16];  // finish reads up to 15 past the last row
   const Path path = path_of(*a);
+  if (path.begin) path.begin();
   for (int64_t i = tile; i < end; i++) {
     for (int64_t row = 0; row < a->m; row += M_BLOCK) {
       const int64_t rows = a->m - row < M_BLOCK ? a->m - row : M_BLOCK;
@@ -232,6 +242,7 @@ static void gemm_tiles(const HalGemm* a, int64_t tile, int64_t end) {
       });
     }
   }
+  if (path.end) path.end();
 }
 
 // ---- slab: the dequantized weight with columns = rows of w, for a BLAS
@@ -262,7 +273,7 @@ static void slab_tiles(const HalSlab* a, int64_t tile, int64_t end) {
 
 #if HAL_LEVEL < HAL_LEVEL_AVX512
 
-static Path path_of(const HalGemm&) { return {block_f32, prepare_f32}; }
+static Path path_of(const HalGemm&) { return {block_f32, prepare_f32, size_f32, nullptr, nullptr}; }
 
 #endif
 

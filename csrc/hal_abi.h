@@ -82,7 +82,7 @@ struct HalGemm {
   HalTiles w;
   int64_t m, first, n;
   const void* x;     // raw activations, dtype s.dtype
-  void* prepared;    // [m, kp] in the form gemm reads
+  void* prepared;    // prepared_bytes, 64-byte aligned, in the form gemm reads
   const void* bias;  // [n] or null
   int32_t bias_dtype;
   void* out;  // [m, ldo], dtype s.dtype
@@ -109,10 +109,11 @@ struct HalTable {
   void (*tile)(const HalTiles*, const HalPlain*, int64_t tile, int64_t end);
   void (*untile)(const HalTiles*, const HalPlain*, int64_t tile, int64_t end);
   void (*slab)(const HalSlab*, int64_t tile, int64_t end);  // tiles of the slab
+  int64_t (*prepared_bytes)(const HalGemm*);
   void (*prepare_x)(const HalGemm*, int64_t row, int64_t end);
   void (*gemm)(const HalGemm*, int64_t tile, int64_t end);  // tiles that overlap first .. first + n
 };
 
 // One per object compiled for an instruction set.
 extern const HalTable hal_table_scalar, hal_table_avx2, hal_table_avx512, hal_table_avx512vnni,
-    hal_table_neon;
+    hal_table_amx, hal_table_neon;

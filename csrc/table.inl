@@ -10,7 +10,18 @@
 #define HAL_NAME(name) HAL_TEXT(name)
 
 extern const HalTable HAL_SYMBOL(HAL_TABLE_NAME) = {
-    HAL_NAME(HAL_TABLE_NAME), search_rows, qdq_rows,     step_rows,  quantize_rows, dequantize_rows,
-    pack_blocks,              unpack_blocks, tile_tiles, untile_tiles, slab_tiles, prepare_rows,
+    HAL_NAME(HAL_TABLE_NAME),
+    search_rows,
+    qdq_rows,
+    step_rows,
+    quantize_rows,
+    dequantize_rows,
+    pack_blocks,
+    unpack_blocks,
+    tile_tiles,
+    untile_tiles,
+    slab_tiles,
+    prepared_size,
+    prepare_rows,
     gemm_tiles,
 };

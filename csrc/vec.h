@@ -13,6 +13,7 @@
 #define HAL_LEVEL_AVX2 1
 #define HAL_LEVEL_AVX512 2
 #define HAL_LEVEL_AVX512VNNI 3
+#define HAL_LEVEL_AMX 4
 
 #if HAL_LEVEL >= HAL_LEVEL_AVX2
 #include <immintrin.h>

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Types of the native module built from csrc/bind_cpu.cpp. All addresses are `Tensor.data_ptr()`."""
+"""Types of the module built from csrc/bind_cpu.cpp. Addresses are `Tensor.data_ptr()`."""
 
 def isas() -> list[str]: ...
 
