@@ -136,9 +136,13 @@ def _assign(
     names = [part.module for part in parts]
     universe = [*names, *kept, *([head_name] if head_name else ["lm_head"])]
     assigned = assign(universe, base, recipe.layer_config, recipe.ignore_layers)
-    named = {n for key in recipe.layer_config for n in pattern(key, universe)}
-    if refused := sorted(n for n in named & set(kept) if assigned[n].bits != KEEP_BITS):
-        raise InputError(f"layer_config: {refused[0]} cannot be quantized: {kept[refused[0]]}")
+    named: set[str] = set()
+    for key in recipe.layer_config:
+        found = pattern(key, universe)
+        named |= set(found)
+        # A pattern for a whole block passes over its router; one for the router alone is a mistake.
+        if all(n in kept and assigned[n].bits != KEEP_BITS for n in found):
+            raise InputError(f"layer_config: {found[0]} cannot be quantized: {kept[found[0]]}")
     wanted = {name: assigned[name] for name in names}
     if recipe.quant_lm_head or (named & {head_name, "lm_head"}):
         if head_name is None:

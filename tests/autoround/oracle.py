@@ -128,9 +128,9 @@ def assert_nearest(d: Decoded, w: np.ndarray, bits: int, sym: bool) -> None:
         zero = low / d.scale
         assert (np.abs(d.zero - zero) <= 0.5 + np.abs(zero) * 2.0**-23).all()
     floor = float(np.float16(1e-5))
-    scale = np.where(scale < 0, -1.0, 1.0) * np.maximum(np.abs(scale), floor)
-    if sym:  # +0 and -0: an empty group takes the negative scale
-        scale = np.where(np.maximum(low, high) == 0, -floor, scale)
+    stored = scale.astype(np.float16).astype(np.float64)
+    small = np.abs(stored) < floor
+    scale = np.where(small, np.where(stored < 0, -floor, floor), scale)
     ulp = np.spacing(np.abs(d.scale).astype(np.float16)).astype(np.float64)
     assert (np.abs(d.scale - scale) <= ulp / 2 * (1 + 2.0**-11)).all()
     ratio = g / d.scale[..., None]
