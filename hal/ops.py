@@ -156,6 +156,8 @@ def qgemm(x: Tensor, w: Weight, bias: Tensor | None = None) -> Tensor:
     n, k = w.shape
     if x.dtype != w.dtype or x.shape[-1] != k or x.device != w.device:
         raise ValueError(f"x must be {w.dtype} [..., {k}] on {w.device}, not {_describe(x)}")
+    if bias is not None and (bias.shape != (n,) or bias.dtype not in FLOATS):
+        raise ValueError(f"bias must be f32, bf16 or f16 [{n}], not {_describe(bias)}")
     flat = x.reshape(-1, k)
     out = torch.empty(flat.shape[0], n, dtype=x.dtype, device=x.device)
     if out.numel():
@@ -171,8 +173,8 @@ def qgemm_grouped(x: Tensor, w: Weight, offsets: Tensor) -> Tensor:
     n, k = w.shape[0] // w.experts, w.shape[1]
     if x.dtype != w.dtype or x.ndim != 2 or x.shape[1] != k or x.device != w.device:
         raise ValueError(f"x must be {w.dtype} [T, {k}] on {w.device}, not {_describe(x)}")
-    if offsets.shape != (w.experts + 1,):
-        raise ValueError(f"offsets must be [{w.experts + 1}], not {_describe(offsets)}")
+    if offsets.shape != (w.experts + 1,) or offsets.dtype != torch.int32:
+        raise ValueError(f"offsets must be i32 [{w.experts + 1}], not {_describe(offsets)}")
     out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
     if out.numel():
         w.kernel(x.shape[0]).fn(x.contiguous(), w, offsets, out)
@@ -220,5 +222,9 @@ def _check_params(p: Params, w: Tensor, spec: Spec) -> None:
         t: Tensor = getattr(p, name)
         if t.shape != groups or t.dtype != torch.float32 or not t.is_contiguous():
             raise ValueError(f"{name} must be contiguous f32 {list(groups)}, not {_describe(t)}")
-    if p.v is not None and (p.v.shape != w.shape or p.v.dtype != torch.float32):
-        raise ValueError(f"v must be f32 {list(w.shape)}, not {_describe(p.v)}")
+        if t.device != w.device:
+            raise ValueError(f"{name} must be on {w.device}, not {_describe(t)}")
+    if p.v is not None:
+        right = p.v.shape == w.shape and p.v.dtype == torch.float32 and p.v.device == w.device
+        if not right or not p.v.is_contiguous():
+            raise ValueError(f"v must be contiguous f32 {list(w.shape)}, not {_describe(p.v)}")

@@ -220,12 +220,17 @@ def _bound(weight: Weight) -> tuple[ModuleType, int]:
 
 def _qgemm(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor) -> None:
     tiles, level = _bound(weight)
+    bias = None if bias is None else bias.contiguous()
     at, dtype = (0, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype])
     tiles.gemm(level, x.data_ptr(), x.shape[0], at, dtype, out.data_ptr(), torch.get_num_threads())
 
 
 def _qgemm_grouped(x: Tensor, weight: Weight, offsets: Tensor, out: Tensor) -> None:
     tiles, level = _bound(weight)
+    offsets = offsets.contiguous()
+    ends = offsets.tolist()
+    if ends[0] != 0 or ends[-1] != x.shape[0] or sorted(ends) != ends:
+        raise ValueError(f"offsets must rise from 0 to {x.shape[0]}, not {ends}")
     args = (x.data_ptr(), offsets.data_ptr(), weight.experts, out.data_ptr())
     tiles.gemm_grouped(level, *args, torch.get_num_threads())
 
