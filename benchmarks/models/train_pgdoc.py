@@ -35,10 +35,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from tools.corpus import SOURCES, Document, documents, fetch, role
 
 TRAIN_SOURCES = ("postgresql", "python-doc", "sqlite")
-VOCAB = 4096
-SEQLEN = 512
-BOS, EOS = "<|bos|>", "<|eos|>"
-BOS_ID, EOS_ID = 0, 1
+VOCAB, SEQLEN = 4096, 512
+BOS, EOS, BOS_ID, EOS_ID = "<|bos|>", "<|eos|>", 0, 1
 EVAL_WINDOWS = 256  # 131 072 held-out tokens
 # Digits one by one and runs of spaces as one token: numbers and indentation are common here.
 SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
