@@ -80,10 +80,10 @@ class PackedFiles:
             raise InputError(f"{module}: its tensors show {bits} bits; download it again")
         group = self._group(module, k, scales.shape[0])
         spec = Spec(f"u{bits}", 0 if group == k else group, "f16", "int")
-        try:  # symmetric codes have stored tensors of the same shapes in every layout
-            wanted = dict(stored_parts(Spec(f"s{bits}", spec.group), n, k, self.layout))
-        except hal.Unsupported as error:
-            raise InputError(f"{module} cannot be read: {error}") from None
+        shown = Spec(f"s{bits}", spec.group)  # stored alike, and every layout holds it
+        if reason := hal.refuse(shown, (n, k), self.layout):
+            raise InputError(f"{module} cannot be read: {reason}; download it again")
+        wanted = dict(stored_parts(shown, n, k, self.layout))
         for part, tensor in {**parts, "scales": scales}.items():
             if wanted[part] != (tensor.dtype, tuple(tensor.shape)):
                 raise InputError(
