@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel row of every usable backend, on every instruction set, against the reference."""
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from cases import FLOATS, KINDS, specs, weight
+
+import hal
+from hal import codec, device
+from hal.backends import backends, cpu, reference
+from hal.layout import LAYOUTS
+from hal.plan import Weight
+from hal.registry import Case, Kernel, bucket
+from hal.testing import TOLERANCE, params, quantized, relative_error, same, weights
+
+NATIVE = cpu.probe() is None
+ISAS = cpu.isas() if NATIVE else ()
+needs_native = pytest.mark.skipif(not NATIVE, reason=str(cpu.probe()))
+
+
+def rows(op: str) -> list[Kernel]:
+    """Rows of backends whose device tensors are in host memory."""
+    usable = [b for b in backends() if b.KIND == cpu.KIND and b.probe() is None]
+    return [row for b in usable for row in b.KERNELS if row.op == op]
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("HAL_ISA", request.param)
+    return str(request.param)
+
+
+def tried() -> list[tuple[hal.Spec, torch.Tensor]]:
+    """Every spec with two kinds of weight, kinds and dtypes taking turns."""
+    turns = itertools.cycle(itertools.product(KINDS, FLOATS))
+    return [
+        (spec, weight(kind, n, k, dtype))
+        for spec, n, k in specs()
+        for kind, dtype in itertools.islice(turns, 2)
+    ]
+
+
+def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """What a kernel must overwrite: 0xA5 in every byte."""
+    size = torch.empty(shape, dtype=dtype).numel() * dtype.itemsize
+    return torch.full((size,), 0xA5, dtype=torch.uint8).view(dtype).view(shape)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("row", rows("search"), ids=lambda row: row.name)
+@pytest.mark.parametrize("grid", [0, 8])
+def test_search(row: Kernel, isa: str, grid: int) -> None:
+    for i, (spec, w) in enumerate(tried()):
+        importance = torch.rand(w.shape[1]) if i % 2 else None
+        shape = (w.shape[0], spec.groups(w.shape[1]))
+        amin, amax = poisoned(shape, torch.float32), poisoned(shape, torch.float32)
+        row.fn(w, spec, importance, grid, amin, amax)
+        want = codec.search(w, spec, importance, grid)
+        assert same(amin, want[0]), (spec, w.dtype, i)
+        assert same(amax, want[1]), (spec, w.dtype, i)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("row", rows("qdq"), ids=lambda row: row.name)
+def test_qdq(row: Kernel, isa: str) -> None:
+    for i, (spec, w) in enumerate(tried()):
+        p = params(w, spec, i)
+        p.v = p.v if i % 3 else None
+        out = poisoned(tuple(w.shape), w.dtype)
+        row.fn(w, p, spec, out)
+        assert same(out, codec.qdq(w, p, spec)), (spec, w.dtype, i)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("row", rows("qdq_step"), ids=lambda row: row.name)
+def test_qdq_step(row: Kernel, isa: str) -> None:
+    for i, (spec, w) in enumerate(tried()):
+        got, want = params(w, spec, i), params(w, spec, i)
+        if i % 3 == 0:
+            got.v = want.v = None
+        grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(i)).to(FLOATS[i % 3])
+        grad[grad.abs() < 0.1] = 0
+        row.fn(got, w, grad, spec, 0.005, 0.3)
+        codec.qdq_step_(want, w, grad, spec, 0.005, 0.3)
+        pairs = [(got.lo, want.lo), (got.hi, want.hi)]
+        if got.v is not None and want.v is not None:
+            pairs.append((got.v, want.v))
+        assert all(same(a, b) for a, b in pairs), (spec, w.dtype, i)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("quantize", rows("quantize"), ids=lambda row: row.name)
+@pytest.mark.parametrize("dequantize", rows("dequantize"), ids=lambda row: row.name)
+def test_quantize_dequantize(quantize: Kernel, dequantize: Kernel, isa: str) -> None:
+    for i, (spec, w) in enumerate(tried()):
+        p, groups = params(w, spec, i), (w.shape[0], spec.groups(w.shape[1]))
+        shapes = {"codes": (tuple(w.shape), torch.uint8), "scale": (groups, spec.scale_dtype)}
+        if not spec.symmetric:
+            shapes["zero"] = (groups, torch.uint8)
+        got = {name: poisoned(*of) for name, of in shapes.items()}
+        want = {name: poisoned(*of) for name, of in shapes.items()}
+        quantize.fn(w, p, spec, got)
+        reference._quantize(w, p, spec, want)
+        assert all(same(got[name], want[name]) for name in want), (spec, w.dtype, i)
+        out, truth = poisoned(tuple(w.shape), w.dtype), torch.empty_like(w)
+        dequantize.fn(want, spec, out)
+        reference._dequantize(want, spec, truth)
+        assert same(out, truth), (spec, w.dtype, i)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "plain"])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_pack_unpack(bits: int, layout: str, isa: str) -> None:
+    for spec in (hal.Spec(f"s{bits}", 32), hal.Spec(f"u{bits}", 96, zero="int")):
+        for n, k in ((32, 96), (64, 288)):
+            if LAYOUTS[layout].fits(spec, n, k):
+                continue
+            plain = quantized(weights(n, k, bits), spec).parts
+            want = LAYOUTS[layout].pack(plain, spec)
+            for row in rows("pack"):
+                got = row.fn(plain, spec, (n, k), layout)
+                assert got.keys() == want.keys()
+                assert all(same(got[name], want[name]) for name in want), (row.name, spec)
+            for row in rows("unpack"):
+                back = row.fn(want, spec, (n, k), layout)
+                assert all(same(back[name], plain[name]) for name in plain), (row.name, spec)
+
+
+GEMM_SHAPES = [(1, 1), (33, 1), (65, 90), (70, 256), (128, 512), (3, 300), (192, 640)]
+
+
+def product_cases() -> list[hal.QTensor]:
+    cases = []
+    for i, bits in enumerate(range(2, 9)):
+        for j, group in enumerate((0, 16, 20, 32, 128)):
+            scale = ("f16", "f32", "bf16")[(i + j) % 3]
+            n, k = GEMM_SHAPES[(3 * i + j) % len(GEMM_SHAPES)]
+            asym = {"zero": "int"} if (i + j) % 2 else {}
+            spec = hal.Spec(f"{'u' if asym else 's'}{bits}", group, scale, **asym)
+            cases.append(quantized(weights(n, k, 7 * i + j), spec))
+    cases += [
+        quantized(weights(128, 512, 9), hal.Spec.parse(f"u4:g{g}:f16:int")) for g in (32, 128)
+    ]
+    return cases
+
+
+PRODUCTS = product_cases()
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("row", rows("qgemm"), ids=lambda row: row.name)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_qgemm(row: Kernel, isa: str, dtype: torch.dtype) -> None:
+    for i, q in enumerate(PRODUCTS):
+        w = hal.dequantize(q, dtype=torch.float32).double()
+        ready = hal.prepare(q, dtype=dtype)
+        for m in (*(1, 2, 3, 4, 5, 17, 101)[i % 2 :: 2], *[300] * (i % 6 == 0)):
+            caps = device.caps(q.device)
+            if row.when(Case("qgemm", q.spec, dtype, *q.shape, caps, m=bucket(m))):
+                continue
+            x = weights(m, q.shape[1], m).to(dtype)
+            bias = torch.randn(q.shape[0]).to(FLOATS[i % 3]) if i % 3 else None
+            out = poisoned((m, q.shape[0]), dtype)
+            row.fn(x, ready, bias, out)
+            want = x.double() @ w.T + (0 if bias is None else bias.double())
+            assert relative_error(out, want) < TOLERANCE[dtype], (q.spec, q.shape, m)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("rows_of_expert", [64, 40, 7])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_qgemm_grouped(isa: str, rows_of_expert: int, dtype: torch.dtype) -> None:
+    spec, experts, k = hal.Spec.parse("u4:g32:f16:int"), 4, 96
+    q = quantized(weights(experts * rows_of_expert, k, 1), spec)
+    q.experts = experts
+    dense = hal.dequantize(q, dtype=torch.float32).double().view(experts, rows_of_expert, k)
+    x = torch.randn(23, k).to(dtype)
+    ends = [0, 5, 5, 22, 23]  # the second expert gets nothing
+    got = hal.qgemm_grouped(x, hal.prepare(q, dtype=dtype), torch.tensor(ends, dtype=torch.int32))
+    for e in range(experts):
+        own = slice(ends[e], ends[e + 1])
+        want = x[own].double() @ dense[e].T
+        assert relative_error(got[own], want) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_restore_is_the_inverse_of_prepare(isa: str) -> None:
+    for q in PRODUCTS:
+        back = hal.restore(hal.prepare(q, dtype=torch.bfloat16))
+        assert all(same(back.parts[name], q.parts[name]) for name in q.parts), (q.spec, q.shape)
+
+
+def tuned_and_multiplied(threads: int) -> list[torch.Tensor]:
+    """Everything large enough to be split, with this many threads."""
+    spec, w = hal.Spec.parse("u4:g128:f16:int"), weights(512, 1024, 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        p = params(w, spec, 2)
+        found = hal.search(w, spec, grid=8)
+        q = hal.quantize(w, p, spec)
+        ready = hal.prepare(q, dtype=torch.bfloat16)
+        products = [hal.qgemm(weights(m, 1024, m).bfloat16(), ready) for m in (1, 9, 100)]
+        hal.qdq_step_(p, w, weights(512, 1024, 3), spec, lr_v=0.01, lr_range=0.01)
+        assert p.v is not None
+        tuned = [p.v, p.lo, p.hi, found.amin, hal.qdq(w, p, spec)]
+        return [*tuned, *ready.parts.values(), *hal.pack(q, "gptq_raw").parts.values(), *products]
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_results_do_not_depend_on_the_number_of_threads(isa: str) -> None:
+    one, two = tuned_and_multiplied(1), tuned_and_multiplied(2)
+    assert all(same(a, b) for a, b in zip(one, two, strict=True))
+
+
+@needs_native
+def test_calls_from_several_python_threads() -> None:
+    want = tuned_and_multiplied(2)
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(lambda _: tuned_and_multiplied(2), range(8)):
+            assert all(same(a, b) for a, b in zip(got, want, strict=True))
+
+
+@needs_native
+def test_a_weight_keeps_its_tensors_alive() -> None:
+    q = quantized(weights(64, 256, 1), hal.Spec("s4"))
+    ready: Weight = hal.prepare(q, dtype=torch.bfloat16)
+    x = torch.randn(1, 256).bfloat16()
+    before = hal.qgemm(x, ready)
+    del q
+    assert same(before, hal.qgemm(x, ready))
+
+
+def test_every_device_passes_its_own_check() -> None:
+    from hal.testing import check
+
+    for found in device.devices():
+        assert [what for what, right in check(found.torch) if not right] == []
