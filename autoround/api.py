@@ -85,6 +85,10 @@ class AutoRound:
                 "seed": seed,
             },
         )
+        if not self.recipe.iters and dataset is not None:
+            raise InputError(
+                "dataset has no effect without tuning (iters=0); leave it out, or give iters"
+            )
         self.tokenizer = tokenizer
         self.device = device_by_name(device_map)
         self.trust_remote_code = trust_remote_code

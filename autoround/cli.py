@@ -248,8 +248,10 @@ def run(arguments: list[str]) -> None:
         app(arguments)
     except InputError as error:
         fail(str(error), 2)
-    except KeyboardInterrupt:
-        fail("stopped; nothing was left behind", 130)
+    except SystemExit as end:  # typer turns ctrl-C into this code without a word
+        if end.code == 130:
+            fail("stopped; nothing was left behind", 130)
+        raise
 
 
 def fail(message: str, code: int) -> None:

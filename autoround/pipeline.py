@@ -332,9 +332,11 @@ def _tokens(
 def load_tokenizer(path: Path) -> Any:
     """The checkpoint's own tokenizer, or None when it has none that loads."""
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception:  # every way a tokenizer can be missing; load_tokens says so if it is needed
         return None
+    # Without any files transformers makes up a tokenizer of special tokens alone.
+    return tokenizer if len(tokenizer) > 16 else None
 
 
 def peak_bytes() -> int:

@@ -68,6 +68,7 @@ class Recipe:
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name}={value}: give a number of 0 or more")
         shard_bytes(self.max_shard_size)
+        _ = self.weight_scheme  # unknown names and illegal overrides fail here
 
     @property
     def weight_scheme(self) -> Scheme:
