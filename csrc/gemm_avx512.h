@@ -205,35 +205,35 @@ HAL_INLINE void nibbles_bf16(const HalTiles& w, const uint16_t* x, const float* 
   for (int64_t g = 0; g < w.s.groups; g++) {
     const int64_t inputs = padded(group_inputs(w.s, g));
     const uint16_t* xg = x + group_start(w.s, g);
-    vf acc[R][4], more[R][4];  // two chains of one row each hide the latency of the dot product
-    for (int v = 0; v < 4; v++) {
-      for (int r = 0; r < R; r++) acc[r][v] = more[r][v] = set1(0);
-    }
+    // Two chains a column for one row: four dot products in flight do not hide their latency. Pairs
+    // of x outside, columns inside: GCC 12 spills when 4 R broadcasts are alive at once.
+    const int S = R == 1 ? 2 : 1;
+    vf acc[S][R][4];
+    for (int i = 0; i < S * R * 4; i++) acc[i / (R * 4)][i / 4 % R][i % 4] = set1(0);
     for (int64_t k = 0; k < inputs; k += 8, in += 256) {
-#pragma GCC unroll 4
+      __m512i codes[4];
       for (int v = 0; v < 4; v++) {
-        const __m512i codes = _mm512_loadu_si512(in + 64 * v);
+        codes[v] = _mm512_loadu_si512(in + 64 * v);
         _mm_prefetch((const char*)in + 64 * v + 4096, _MM_HINT_T0);
-        const __m512i w0 = _mm512_permutexvar_epi16(codes, table);
-        const __m512i w1 = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), table);
-        const __m512i w2 = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 8), table);
-        const __m512i w3 = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 12), table);
-        for (int r = 0; r < R; r++) {
-          const uint16_t* xr = xg + r * w.kp + k;
-          vf* second = R == 1 ? &more[r][v] : &acc[r][v];
-          acc[r][v] = dot(acc[r][v], w0, pair_at(xr));
-          *second = dot(*second, w1, pair_at(xr + 2));
-          acc[r][v] = dot(acc[r][v], w2, pair_at(xr + 4));
-          *second = dot(*second, w3, pair_at(xr + 6));
+      }
+#pragma GCC unroll 4
+      for (int t = 0; t < 4; t++) {
+        __m512i pair[R];
+        for (int r = 0; r < R; r++) pair[r] = pair_at(xg + r * w.kp + k + 2 * t);
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; v++) {
+          const __m512i q = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes[v], 4 * t), table);
+          for (int r = 0; r < R; r++) acc[t % S][r][v] = dot(acc[t % S][r][v], q, pair[r]);
         }
       }
     }
-    if (R == 1) {
-      for (int v = 0; v < 4; v++) acc[0][v] = add(acc[0][v], more[0][v]);
+    if (S == 2) {
+      for (int v = 0; v < 4; v++) acc[0][0][v] = add(acc[0][0][v], acc[S - 1][0][v]);
     }
     const Columns columns = columns_of(w, tile, g);
     for (int r = 0; r < R; r++) {
-      add_scaled(columns, xsum ? xsum + r * w.s.groups + g : nullptr, acc[r], sums + r * TILE);
+      const float* own = xsum ? xsum + r * w.s.groups + g : nullptr;
+      add_scaled(columns, own, acc[0][r], sums + r * TILE);
     }
   }
 }
