@@ -144,8 +144,19 @@ struct Tiles {
     return {t, m, first, n, at(x), nullptr, nullptr, 0, at(out), n};
   }
 
-  // Without the GIL.
-  static void multiply(const HalTable& f, HalGemm a, int threads) {
+  // Without the GIL. 768 rows at a time: the prepared form of x then stays below 20 MB at K = 4096.
+  static void multiply(const HalTable& f, const HalGemm& all, int threads) {
+    const int64_t size = all.w.s.dtype == HAL_F32 ? 4 : 2;
+    for (int64_t row = 0; row < all.m; row += 768) {
+      HalGemm a = all;
+      a.m = all.m - row < 768 ? all.m - row : 768;
+      a.x = static_cast<const char*>(all.x) + row * all.w.s.k * size;
+      a.out = static_cast<char*>(all.out) + row * all.ldo * size;
+      multiply_rows(f, a, threads);
+    }
+  }
+
+  static void multiply_rows(const HalTable& f, HalGemm a, int threads) {
     const int64_t first = a.first / 64, last = (a.first + a.n + 63) / 64, work = a.m * a.n * a.w.s.k;
     a.prepared = scratch(f.prepared_bytes(&a));
     const int helpers = work < 1 << 20 ? 1 : threads;

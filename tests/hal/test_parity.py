@@ -170,6 +170,16 @@ def test_qgemm(row: Kernel, isa: str, dtype: torch.dtype) -> None:
             assert relative_error(out, want) < TOLERANCE[dtype], (q.spec, q.shape, m)
 
 
+@needs_native
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_more_rows_than_are_prepared_at_once(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HAL_KERNEL", "cpu.qgemm")
+    q = quantized(weights(70, 96, 1), hal.Spec.parse("u4:g32:f16:int"))
+    ready, x = hal.prepare(q, dtype=torch.float32), torch.randn(1601, 96)
+    want = x.double() @ hal.dequantize(q, dtype=torch.float32).double().T
+    assert relative_error(hal.qgemm(x, ready), want) < TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("rows_of_expert", [64, 40, 7])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
