@@ -126,6 +126,15 @@ def test_formats_hold_the_same_numbers(format: str, made: Made) -> None:
     assert {m.weight.spec.symmetric for m in model.modules() if isinstance(m, QLinear)} == {True}
 
 
+def test_asymmetric_formats_hold_the_same_numbers(made: Made) -> None:
+    awq, raw = (
+        made("llama", sym=False, format=f"auto_round:{f}")[1] for f in ("auto_awq", "gptqmodel")
+    )
+    assert oracle.config(awq)["quantization_config"]["packing_format"] == "auto_round:auto_awq"
+    assert oracle.config(raw)["quantization_config"]["packing_format"] == "auto_round"
+    assert torch.equal(logits(autoround.load(awq)), logits(autoround.load(raw)))
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "qwen3_moe"])
 def test_bfloat16(name: str, made: Made, tmp_path: Path) -> None:
     """In bf16 we may be as far from the f32 truth as transformers' own bf16 run, and a half more.
