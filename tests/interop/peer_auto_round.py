@@ -43,4 +43,5 @@ def logits(directory: str, out: str, ids_file: str) -> None:
     print(json.dumps({"modules": dict(kinds)}))
 
 
-{"export": export, "logits": logits}[sys.argv[1]](*sys.argv[2:])
+if __name__ == "__main__":  # its model-free path starts processes
+    {"export": export, "logits": logits}[sys.argv[1]](*sys.argv[2:])

@@ -72,7 +72,8 @@ class Outcome:
     @property
     def verdict(self) -> str:
         """``ok``, ``FAIL``, or ``peer`` where only the peer's loader fails, as known."""
-        if not self.ours or not self.repacked:
+        # Codes in a wrong order are noise: further from the float model than any rounding to 2 bits.
+        if not self.ours or not self.repacked or not self.effect < 0.6:
             return "FAIL"
         if self.case.peer_cannot and not self.difference <= BOUND:
             return "peer"
