@@ -72,7 +72,7 @@ class Outcome:
     @property
     def verdict(self) -> str:
         """``ok``, ``FAIL``, or ``peer`` where only the peer's loader fails, as known."""
-        # Codes in a wrong order are noise: further from the float model than any rounding to 2 bits.
+        # Codes in a wrong order are noise, further from the float model than 2 bits are.
         if not self.ours or not self.repacked or not self.effect < 0.6:
             return "FAIL"
         if self.case.peer_cannot and not self.difference <= BOUND:
