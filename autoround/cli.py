@@ -142,7 +142,9 @@ def _run(recipe: Any, model: str, output: Path, how: tuple[str | None, bool, boo
     with Terminal(console, recipe.iters) as terminal:
         run = pipeline.quantize(recipe, source, output, progress=terminal)
     console.print(summary(run, run.source_bytes))
-    console.print(f"written to {output}; next: autoround eval {output} --against {model}")
+    console.print(
+        f"written to {output}; next: autoround eval {output} --against {model}", soft_wrap=True
+    )
 
 
 @app.command(name="eval")

@@ -73,7 +73,7 @@ def evaluate(
     tokenizer = load_tokenizer(source)
     if tokenizer is None:
         raise InputError(f"{against} has no tokenizer that loads; evaluation needs one")
-    quantized, reference = (load(path, device_map=device_map) for path in (where, source))
+    quantized, reference = (load(p, device_map=device_map) for p in (where, source))
     weights = [w for m in quantized.modules() for w in _weights(m)]
     facts = (
         model,
@@ -84,8 +84,10 @@ def evaluate(
         _bits(weights),
     )
     if reference.get_output_embeddings() is None:
-        texts = _sentences(pack.heldout() if dataset is None else [dataset])
-        cosine = embedding_cosine(quantized, reference, _tokenized(tokenizer, texts, nsamples))
+        if dataset is not None:
+            raise InputError("encoders are compared on the bundled sentences; leave --dataset out")
+        batches = _tokenized(tokenizer, _sentences(pack.heldout()), nsamples)
+        cosine = embedding_cosine(quantized, reference, batches)
         return Evaluation(*facts, None, float(cosine.mean()), None, None)
     seqlen = min(seqlen, reference.config.get_text_config().max_position_embeddings)
     text = pack.heldout() if dataset is None else dataset

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """`load`: a finished directory as a transformers model on our kernels."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from transformers.utils import logging
 
 from autoround.errors import InputError
 from autoround.integrations import hook
@@ -31,7 +34,20 @@ def load(
     config = compat.load_config(str(where), trust_remote_code=False)
     names = getattr(config, "architectures", None) or ["AutoModelForCausalLM"]
     kind = getattr(transformers, names[0], transformers.AutoModelForCausalLM)
-    model: Any = kind.from_pretrained(
-        str(where), dtype=dtype or "auto", local_files_only=True, use_safetensors=True
-    )
+    with _without_bar():
+        model: Any = kind.from_pretrained(
+            str(where), dtype=dtype or "auto", local_files_only=True, use_safetensors=True
+        )
     return model.to(device_by_name(device_map)).eval()
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """No "Loading weights" bar: it would break our own lines."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -25,6 +25,7 @@ TUNING_ONLY = (
     "gradient_accumulate_steps",
     "enable_minmax_tuning",
     "enable_quanted_input",
+    "seed",
 )
 
 

@@ -164,7 +164,11 @@ class _Engine:
         self.progress = run.progress
         self.stages: tuple[Stage, ...] = (Search(),)
         if recipe.iters:
-            self.stages = (Search(), Measure("loss_rtn"), _signround(recipe, run.progress.step))
+            self.stages = (
+                Search(),
+                Measure("loss_rtn", recipe.batch_size),
+                _signround(recipe, run.progress.step),
+            )
 
     def run(self, tokens: TokenSet | None) -> None:
         if self.plan.head is not None:

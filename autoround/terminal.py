@@ -49,14 +49,15 @@ class Terminal:
         kept = {name: why for name, why in plan.kept_because.items() if "instead" not in why}
         self.console.print(
             f"{len(plan.layers)} weights in {self._blocks} blocks -> {plan.packing.name}, "
-            f"{plan.bits_per_weight:.2f} bits a weight, {_bytes(plan.nbytes)} in all"
+            f"{plan.bits_per_weight:.2f} bits a weight, {_bytes(plan.nbytes)} in all",
+            soft_wrap=True,
         )
         for reason in sorted(set(kept.values())):
             count = sum(why == reason for why in kept.values())
-            self.console.print(f"  kept {count}: {reason}", style="dim")
+            self.console.print(f"  kept {count}: {reason}", style="dim", soft_wrap=True)
 
     def calibrated(self, tokens: TokenSet) -> None:
-        self.console.print(f"calibration: {tokens.description}")
+        self.console.print(f"calibration: {tokens.description}", soft_wrap=True)
 
     def block_started(self, index: int, name: str) -> None:
         self._bar.reset(self._task, description=name, visible=True)
@@ -74,6 +75,7 @@ class Terminal:
             f"[{done}/{self._blocks}] {report.name}  {losses}{report.seconds:.1f} s  "
             f"ETA {_clock(left)}  peak {_bytes(report.peak_bytes)}",
             highlight=False,
+            soft_wrap=True,
         )
 
 

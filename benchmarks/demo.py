@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -60,7 +61,7 @@ def _table(rows: list[tuple[str, dict[str, Any]]]) -> Table:
     table = Table(*columns, title="pgdoc, held-out text; tokens/s: batch 1, on hal.qgemm")
     _, first = rows[0]
     c = first["comparison"]
-    speed = f"{first['float_speed']:.0f}"
+    speed = f"{median(result['float_speed'] for _, result in rows):.0f}"
     size = f"{first['float_nbytes'] / 1e6:.1f} MB"
     table.add_row("float (bf16)", size, "16", f"{c['float_perplexity']:.3f}", "", "", speed, "")
     for label, result in rows:

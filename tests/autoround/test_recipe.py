@@ -125,6 +125,7 @@ GIVEN: dict[str, Any] = {
     "gradient_accumulate_steps": 2,
     "enable_minmax_tuning": False,
     "enable_quanted_input": False,
+    "seed": 1,
 }
 
 

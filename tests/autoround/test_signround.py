@@ -309,7 +309,7 @@ def test_deterministic() -> None:
 def test_measure_is_the_mean_over_all_samples() -> None:
     block, xs, ys, task = case(Scheme(2, 16))
     Search().run(task)
-    Measure("rtn").run(task)
+    Measure("rtn", 8).run(task)
     weights = {n: Wrapped(la.w, Scheme(2, 16))().detach() for n, la in task.layers.items()}
     errors = [
         ((functional_call(block, weights, (x,))[0] - y) ** 2).double().mean()
