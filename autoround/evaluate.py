@@ -99,7 +99,7 @@ def evaluate(
 
 def _weights(module: Any) -> list[Weight]:
     if isinstance(module, QLinear):
-        return [module.weight] if module.weight else []
+        return [module.weight] if isinstance(module.weight, Weight) else []
     return [w for w in (module.up, module.down) if w] if isinstance(module, QExperts) else []
 
 

@@ -313,6 +313,11 @@ def _mean_loss(outputs: Mapping[int, Any], targets: Mapping[int, Tensor]) -> flo
 def _tokens(
     recipe: Recipe, streamed: StreamedModel, tokenizer: Any, dataset: str | Iterable[Any] | None
 ) -> TokenSet:
+    if streamed.model.main_input_name != "input_ids" or streamed.model.config.is_encoder_decoder:
+        raise InputError(
+            f"{type(streamed.model).__name__} does not run on text alone, so it cannot be tuned; "
+            "use --recipe rtn"
+        )
     if tokenizer is None:
         tokenizer = load_tokenizer(streamed.checkpoint.path)
     config = streamed.model.config.get_text_config()

@@ -105,8 +105,9 @@ def make_plan(streamed: StreamedModel, recipe: Recipe) -> ModelPlan:
     if not any(blocks) and head_layer is None:
         raise InputError(_nothing(kept))
     prefix = _prefix(found, streamed.blocks.name)
+    entries = streamed.checkpoint.entries
     inside = [name for name in kept if name.startswith(prefix + ".") and name not in modules]
-    modules |= {name: Scheme(KEEP_BITS) for name in inside}
+    modules |= {name: Scheme(KEEP_BITS) for name in inside if name not in entries}
     layers = [layer for block in blocks for layer in block] + ([head_layer] if head_layer else [])
     stored, fates = _place(streamed, layers, packing, kept)
     return ModelPlan(
@@ -116,15 +117,14 @@ def make_plan(streamed: StreamedModel, recipe: Recipe) -> ModelPlan:
 
 
 def _kept_modules(streamed: StreamedModel, shared: list[WeightView]) -> dict[str, str]:
-    """Linear-like modules of the blocks that are never quantized, by checkpoint name -> why."""
+    """Weights of the blocks that are never quantized, by checkpoint module or key -> why."""
     aliases = [name.removesuffix(".weight") for view in shared for name in view.tied]
     owners = [part.module for view in shared for part in view.parts]
     kept = dict.fromkeys([*owners, *aliases], "shared between blocks")
     for block in streamed.blocks.names:
         for param, reason in skipped(streamed, block).items():
             for key in streamed.sources.get(param, ()):
-                if key.endswith(".weight"):
-                    kept[key.removesuffix(".weight")] = reason
+                kept[key.removesuffix(".weight")] = reason
     return kept
 
 

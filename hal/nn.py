@@ -27,7 +27,8 @@ class QLinear(nn.Module):
     def __init__(self, n: int, k: int, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
         self.out_features, self.in_features = n, k
-        self.weight: Weight | None = None
+        # Empty until `load`: model code that initialises child.weight must find a tensor there.
+        self.weight: Weight | Tensor = torch.empty(0, dtype=dtype)
         empty = nn.Parameter(torch.empty(n, dtype=dtype), requires_grad=False) if bias else None
         self.bias: nn.Parameter | None
         self.register_parameter("bias", empty)
@@ -38,14 +39,14 @@ class QLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., K] -> [..., N]``."""
-        assert self.weight is not None, "QLinear.load() comes first"
+        assert isinstance(self.weight, Weight), "QLinear.load() comes first"
         self.weight = _for_input(self.weight, x)
         return qgemm(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        return (
-            _describe(self.weight) if self.weight else f"{self.in_features} -> {self.out_features}"
-        )
+        if isinstance(self.weight, Weight):
+            return _describe(self.weight)
+        return f"{self.in_features} -> {self.out_features}, empty"
 
 
 class QExperts(nn.Module):

@@ -118,10 +118,8 @@ def _replace(model: Any, swap: _Swap, dtype: torch.dtype) -> None:
         else:
             raise InputError(f"{swap.name} ({type(old).__name__}) cannot be run quantized yet")
     path, _, leaf = swap.name.rpartition(".")
-    parent = model.get_submodule(path)
-    setattr(parent, leaf, new.eval())
-    # GPT-2's _init_weights reaches for parent.c_proj.weight; nothing is left to initialise.
-    parent._is_hf_initialized = new._is_hf_initialized = True  # type: ignore[assignment]
+    new._is_hf_initialized = True  # type: ignore[assignment]
+    setattr(model.get_submodule(path), leaf, new.eval())
 
 
 def _gate(old: Any) -> Any:

@@ -174,11 +174,13 @@ def _leaves(name: str, value: Any) -> Any:
 
 def _merge(values: list[Any]) -> Any:
     first = values[0]
-    if all(value is first for value in values):
-        return first
     if isinstance(first, Tensor):
-        same = all(torch.equal(value, first) for value in values[1:])
-        return first if same else torch.cat(values)
+        if any(value is not first and not torch.equal(value, first) for value in values):
+            return torch.cat(values)
+        # Most blocks broadcast one row; some (xglm) insist on as many as the hidden states have.
+        return first.expand(len(values), *first.shape[1:]) if first.ndim > 1 else first
+    if all(value is first for value in values) and not isinstance(first, tuple | list | dict):
+        return first
     if isinstance(first, tuple | list):
         return type(first)(_merge(list(items)) for items in zip(*values, strict=True))
     if isinstance(first, dict):

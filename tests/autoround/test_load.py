@@ -135,7 +135,7 @@ def test_asymmetric_formats_hold_the_same_numbers(made: Made) -> None:
     assert torch.equal(logits(autoround.load(awq)), logits(autoround.load(raw)))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gptj", "qwen3_moe"])
 def test_bfloat16(name: str, made: Made, tmp_path: Path) -> None:
     """In bf16 we may be as far from the f32 truth as transformers' own bf16 run, and a half more.
 

@@ -36,7 +36,19 @@ from autoround.models import (
 )
 from autoround.models.header import read_header
 
-DENSE = ["llama", "qwen2", "qwen3", "qwen3_tied", "mistral", "gemma3", "phi3", "opt", "gpt2"]
+DENSE = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "qwen3_tied",
+    "mistral",
+    "gemma3",
+    "phi3",
+    "opt",
+    "gpt2",
+    "gptj",
+    "xglm",
+]
 SHARDED = {"llama", "gpt2", "mixtral", "qwen3_moe", "deepseek_v3"}
 
 
@@ -680,7 +692,9 @@ def test_samples_store_equal_tensors_once() -> None:
     assert samples.call(5).kwargs["rope"][0] is samples.call(3).kwargs["rope"][0]
     merged = samples.gather([3, 5, 7])
     assert merged.hidden.shape == (3, 4, 8)
-    assert merged.kwargs["rope"][0].shape == (1, 4, 2)  # the same for all: shared
+    shared = merged.kwargs["rope"][0]  # the same for all: three rows, stored once
+    assert torch.equal(shared, rope.expand(3, 4, 2))
+    assert shared.data_ptr() == samples.call(3).kwargs["rope"][0].data_ptr()
     assert torch.equal(merged.kwargs["rope"][1], torch.cat([rope + i for i in (3, 5, 7)]))
     assert merged.kwargs["n"] is None
     samples.set_hidden(5, torch.zeros(1, 4, 8))

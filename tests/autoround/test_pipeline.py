@@ -82,7 +82,7 @@ MIXED = {
 
 
 def mixed(name: str, sym: bool) -> dict[str, Any]:
-    own = "h." if name in ("gpt2", "bloom") else "layers."
+    own = "h." if name in ("gpt2", "gptj", "bloom") else "layers."
     table = {key: value for key, value in MIXED.items() if key.startswith(own)}
     return {"layer_config": table, "sym": sym}
 

@@ -40,6 +40,7 @@ MLA: dict[str, Any] = {
 }
 OPT: dict[str, Any] = {"ffn_dim": 96, "word_embed_proj_dim": 64, "tie_word_embeddings": True}
 GPT2: dict[str, Any] = {"n_embd": 64, "n_head": 4, "n_layer": 3, "n_positions": 64}
+XGLM: dict[str, Any] = {"d_model": 64, "ffn_dim": 96, "attention_heads": 4, "num_layers": 3}
 ZAMBA2: dict[str, Any] = {
     "num_hidden_layers": 4,
     "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
@@ -67,6 +68,10 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3ForCausalLM", {}),
     "opt": ("OPTForCausalLM", OPT),
     "gpt2": ("GPT2LMHeadModel", GPT2 | TIED),
+    # buffers that no checkpoint holds, computed by the attention's own _init_weights
+    "gptj": ("GPTJForCausalLM", GPT2 | {"rotary_dim": 8}),
+    # its attention refuses a mask of one row for a batch
+    "xglm": ("XGLMForCausalLM", XGLM | TIED),
     "bloom": ("BloomForCausalLM", {"n_layer": 3, "n_head": 4} | TIED),
     "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": ("Qwen3MoeForCausalLM", EXPERTS | {"head_dim": 16, "decoder_sparse_step": 1}),
