@@ -1,88 +1,240 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels against torch's own, paired in one run: medians of interleaved repetitions."""
+"""Kernels against what the machine can do and against torch's own, paired in one run.
+
+Every row takes turns with two probes (csrc/probe.h): reading the same bytes, and multiplying
+registers as fast as the instruction set can. Numbers are medians over the turns, ratios medians of
+each turn's ratio, so that a neighbour on the machine slows both sides of a ratio.
+"""
 
 import argparse
+import dataclasses
+import itertools
+import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 import hal
+from hal.backends import cpu
 
 Run = Callable[[], object]
-CACHE = 64 << 20  # rotate over this many bytes of weights, so that no case runs from L2
+Peer = Callable[[Tensor, int], Tensor]
 
 
-def interleaved(runs: Sequence[Run], budget: float) -> list[float]:
-    """Median seconds of each, taking turns for ``budget`` seconds in all (three turns at least)."""
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One product: milliseconds, what it is limited by, and how many times faster than peers."""
+
+    spec: str
+    n: int
+    k: int
+    m: int
+    threads: int
+    place: str
+    kernel: str
+    ms: float
+    gb_s: float
+    gflop_s: float
+    of_read: float
+    of_peak: float
+    x_dense: float
+    x_int4pack: float
+
+    @property
+    def of_roofline(self) -> float:
+        return max(self.of_read, self.of_peak)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.spec:16} {self.n:6} {self.k:6} {self.m:5} {self.threads} {self.place:4} "
+            f"{self.kernel:15} {self.ms:8.3f} {self.gb_s:6.1f} {self.gflop_s:7.0f} "
+            f"{self.of_read:6.2f} {self.of_peak:6.2f} {self.x_dense:8.2f} {self.x_int4pack:10.2f}"
+        )
+
+
+HEAD = (
+    f"{'spec':16} {'N':>6} {'K':>6} {'m':>5} T {'':4} {'kernel':15} {'ms':>8} {'GB/s':>6} "
+    f"{'GFLOP/s':>7} {'/read':>6} {'/peak':>6} {'x dense':>8} {'x int4pack':>10}"
+)
+
+
+def turns(runs: Sequence[Run], budget: float) -> list[list[float]]:
+    """Seconds of each run in each turn, for ``budget`` seconds in all (five turns at least)."""
     for run in runs:
         run()
-    times: list[list[float]] = [[] for _ in runs]
+    times: list[list[float]] = []
     end = time.perf_counter() + budget
-    while time.perf_counter() < end or len(times[0]) < 3:
-        for run, own in zip(runs, times, strict=True):
+    while time.perf_counter() < end or len(times) < 5:
+        own = []
+        for run in runs:
             start = time.perf_counter()
             run()
             own.append(time.perf_counter() - start)
-    return [statistics.median(own) for own in times]
+        times.append(own)
+    return times
 
 
-def rotating(make: Callable[[], Run], nbytes: int) -> Run:
-    """A run over enough copies of its weight to leave the cache."""
-    copies = [make() for _ in range(max(1, min(8, CACHE // nbytes)))]
-    turn = iter(range(10**9))
-    return lambda: copies[next(turn) % len(copies)]()
-
-
-def int4pack(w: torch.Tensor, group: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """torch's CPU int4 product: [N, K / 2] codes and (scale, zero) of every group in bf16."""
+def int4pack(w: Tensor, group: int) -> Peer:
+    """torch's CPU int4 product over ``count`` copies: (x, copy) -> y."""
     codes = torch.randint(0, 16, w.shape, dtype=torch.int32)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     pairs = torch.rand(w.shape[1] // group, w.shape[0], 2).to(torch.bfloat16)
-    return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, pairs)
+    copies = [packed]
+
+    def run(x: Tensor, count: int) -> Tensor:
+        while len(copies) < count:
+            copies.append(packed.clone())
+        copies.append(copies.pop(0))
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, copies[0], group, pairs)
+
+    return run
 
 
-def products(n: int, k: int, specs: Sequence[str], ms: Sequence[int], budget: float) -> None:
-    """One line a case: ours, and how many times faster than dense bf16 and torch int4."""
-    dense = torch.randn(n, k).bfloat16()
-    linear = rotating_linear(dense)
-    four = int4pack(dense, 128)
-    print(f"\n{n} x {k}, {torch.get_num_threads()} threads")
-    head = ("spec", "m", "kernel", "ms", "GB/s", "GFLOP/s", "x dense", "x int4pack")
-    print("{:16} {:>5} {:24} {:>9} {:>7} {:>8} {:>8} {:>10}".format(*head))
-    for text in specs:
+def dense(w: Tensor) -> Peer:
+    """torch's bf16 linear over ``count`` copies."""
+    copies = [w]
+
+    def run(x: Tensor, count: int) -> Tensor:
+        while len(copies) < count:
+            copies.append(w.clone())
+        copies.append(copies.pop(0))
+        return F.linear(x, copies[0])
+
+    return run
+
+
+def copies_of(ready: hal.Weight, count: int) -> list[hal.Weight]:
+    def clone() -> hal.Weight:
+        parts = {name: t.clone() for name, t in ready.parts.items()}
+        return dataclasses.replace(ready, parts=parts, handle=None)
+
+    return [clone() for _ in range(count)]
+
+
+def products(
+    shape: tuple[int, int],
+    specs: Sequence[str],
+    ms: Sequence[int],
+    threads: Sequence[int],
+    cold: int,
+    budget: float,
+) -> list[Row]:
+    """Every spec, m, number of threads; hot = one copy, cold = rotating over ``cold`` bytes."""
+    n, k = shape
+    w = torch.randn(n, k).bfloat16()
+    linear, four = dense(w), int4pack(w, 128)
+    rows = []
+    for text, (place, size) in itertools.product(specs, {"hot": 0, "cold": cold}.items()):
+        if place == "cold" and not cold:
+            continue
         spec = hal.Spec.parse(text)
-        q = hal.quantize(dense, hal.search(dense, spec), spec)
+        q = hal.quantize(w, hal.search(w, spec), spec)
         ready = hal.prepare(q, dtype=torch.bfloat16)
-        for m in ms:
-            x = torch.randn(m, k).bfloat16()
-            ours = rotating(lambda w=q, x=x: _ours(w, x), ready.nbytes)  # type: ignore[misc]
-            runs = [ours, lambda x=x: linear(x), lambda x=x: four(x)]  # type: ignore[misc]
-            t, t_dense, t_four = interleaved(runs, budget)
-            print(
-                f"{text:16} {m:5} {ready.kernel(m).name:24} {t * 1e3:9.3f} "
-                f"{ready.nbytes / t / 1e9:7.1f} {2 * m * n * k / t / 1e9:8.0f} "
-                f"{t_dense / t:8.2f} {t_four / t:10.2f}"
-            )
+        pool = copies_of(ready, max(1, size // ready.nbytes))
+        others = (max(1, size // (n * k * 2)), max(1, size // (n * k // 2)))
+        bench = Bench(text, shape, place, pool, linear, four, others, budget)
+        for m, t in itertools.product(ms, threads):
+            torch.set_num_threads(t)
+            rows.append(product(bench, m, t))
+            print(rows[-1], flush=True)
+    return rows
 
 
-def _ours(q: hal.QTensor, x: torch.Tensor) -> Run:
-    w = hal.prepare(q, dtype=torch.bfloat16)
-    return lambda: hal.qgemm(x, w)
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """One weight, the pool of its copies, and the peers with their numbers of copies."""
+
+    spec: str
+    shape: tuple[int, int]
+    place: str
+    pool: list[hal.Weight]
+    linear: Peer
+    four: Peer
+    copies: tuple[int, int]
+    budget: float
 
 
-def rotating_linear(w: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    copies = [w.clone() for _ in range(max(1, CACHE // (w.numel() * 2)))]
-    turn = iter(range(10**9))
-    return lambda x: F.linear(x, copies[next(turn) % len(copies)])
+def product(b: Bench, m: int, threads: int) -> Row:
+    """Our product, both probes and both peers, taking turns."""
+    pool = b.pool
+    (n, k), isa = b.shape, cpu.isa()
+    x, native, turn = torch.randn(m, k).bfloat16(), cpu.native(), itertools.count()
+    work, nbytes, units = 2 * m * n * k, pool[0].nbytes, 4 * threads
+
+    def ours() -> None:
+        hal.qgemm(x, pool[next(turn) % len(pool)])
+
+    def read() -> None:  # a copy that was used long ago
+        codes = pool[(next(turn) + len(pool) // 2) % len(pool)].parts["codes"]
+        native.probe_read(isa, codes.data_ptr(), codes.numel(), threads)
+
+    peers: list[Run] = [lambda: b.linear(x, b.copies[0]), lambda: b.four(x, b.copies[1])]
+    probes: list[Run] = [read, lambda: native.probe_peak(isa, units, threads)]
+    ops = native.probe_peak(isa, units, threads)
+    codes = pool[0].parts["codes"].numel()
+    times = turns([ours, *probes, *peers], b.budget)
+
+    def over(of: Callable[[list[float]], float]) -> float:
+        return statistics.median(of(own) for own in times)
+
+    seconds = over(lambda own: own[0])
+    return Row(
+        spec=b.spec,
+        n=n,
+        k=k,
+        m=m,
+        threads=threads,
+        place=b.place,
+        kernel=pool[0].kernel(m).name,
+        ms=seconds * 1e3,
+        gb_s=nbytes / seconds / 1e9,
+        gflop_s=work / seconds / 1e9,
+        of_read=over(lambda own: own[1] / own[0]) * nbytes / codes,
+        of_peak=over(lambda own: own[2] / own[0]) * work / ops,
+        x_dense=over(lambda own: own[3] / own[0]),
+        x_int4pack=over(lambda own: own[4] / own[0]),
+    )
+
+
+def plot(rows: Sequence[Row]) -> str:
+    """An SVG of the fraction of the roofline over m: a line a spec, the first place measured."""
+    first = [r for r in rows if (r.threads, r.place) == (rows[0].threads, rows[0].place)]
+    ms = sorted({r.m for r in first})
+    colours = ("#1b6ca8", "#d1495b", "#2e8b57", "#8a5fbf", "#c98a00", "#4a4a4a", "#00a0a0")
+    out = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 330" font-family="sans-serif" '
+        'font-size="12">',
+        f'<text x="60" y="20">fraction of the roofline, {rows[0].n} x {rows[0].k}, '
+        f"{rows[0].place}, {rows[0].threads} threads</text>",
+    ]
+
+    def at(m: int, y: float) -> tuple[float, float]:
+        return 60 + 420 * ms.index(m) / max(1, len(ms) - 1), 290 - 240 * min(y, 1.1)
+
+    for i in range(0, 6):
+        y = at(ms[0], i / 5)[1]
+        out.append(f'<path d="M60 {y:.0f}H480" stroke="#ddd"/>')
+        out.append(f'<text x="30" y="{y + 4:.0f}">{i / 5:.1f}</text>')
+    out += [f'<text x="{at(m, 0)[0] - 8:.0f}" y="310">{m}</text>' for m in ms]
+    for i, spec in enumerate(dict.fromkeys(r.spec for r in first)):
+        colour = colours[i % len(colours)]
+        points = [at(r.m, r.of_roofline) for r in first if r.spec == spec]
+        line = " ".join(f"{x:.0f},{y:.0f}" for x, y in points)
+        out.append(
+            f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>'
+            f'<text x="500" y="{60 + 18 * i}" fill="{colour}">{spec}</text>'
+        )
+    return "\n".join([*out, "</svg>\n"])
 
 
 def sweeps(n: int, k: int, budget: float) -> None:
     """The verbs of quantization: weights a second, and how many times the torch reference."""
-    import os
-
     w = torch.randn(n, k).bfloat16()
     grad, out = torch.randn(n, k).bfloat16(), torch.empty_like(w)
     print(f"\n{'verb':12} {'spec':16} {'ms':>9} {'Gweights/s':>11} {'x reference':>12}")
@@ -106,7 +258,8 @@ def sweeps(n: int, k: int, budget: float) -> None:
                 run()
                 del os.environ["HAL_BACKEND"]
 
-            t, slow = interleaved([run, reference], budget)
+            times = turns([run, reference], budget)
+            t, slow = (statistics.median(own) for own in zip(*times, strict=True))
             print(f"{verb:12} {text:16} {t * 1e3:9.2f} {n * k / t / 1e9:11.2f} {slow / t:12.1f}")
 
 
@@ -114,15 +267,39 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks ops", description=__doc__)
     parser.add_argument("--shape", type=int, nargs=2, default=(4096, 4096), metavar=("N", "K"))
     parser.add_argument(
-        "--spec",
-        nargs="*",
-        default=["s4:g128:f16", "u4:g128:f16:int", "s3:g128:f16", "s8:g128:f16"],
+        "--spec", nargs="*", default=[f"s{bits}:g128:f16" for bits in (2, 3, 4, 5, 6, 8)]
     )
     parser.add_argument("--m", type=int, nargs="*", default=[1, 4, 16, 64, 256])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=1.0, help="per case")
+    parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
+    parser.add_argument(
+        "--cold",
+        type=float,
+        default=2.0,
+        metavar="GB",
+        help="rotate over so many GB of each weight beside the hot rows (0: hot rows only); four "
+        "times the L3 where that is possible, and what stays cached is in the read probe too",
+    )
+    parser.add_argument("--seconds", type=float, default=0.5, help="per case")
+    parser.add_argument("--no-sweeps", action="store_true", help="products only")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="fraction of the roofline over m")
     options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads[0])
     with torch.inference_mode():
-        sweeps(*options.shape, options.seconds)
-        products(*options.shape, options.spec, options.m, options.seconds)
+        if not options.no_sweeps:
+            sweeps(*options.shape, options.seconds)
+        print("\n" + HEAD)
+        cold = int(options.cold * 1e9)
+        shape = (options.shape[0], options.shape[1])
+        args = (shape, options.spec, options.m, options.threads, cold, options.seconds)
+        rows = products(*args)
+    if options.json:
+        machine = {
+            "cpu": cpu.caps(0).name,
+            "isa": cpu.isas()[cpu.isa()],
+            "torch": torch.__version__,
+        }
+        found = {"machine": machine, "rows": [dataclasses.asdict(row) for row in rows]}
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    if options.svg:
+        options.svg.write_text(plot(rows))

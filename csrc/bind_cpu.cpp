@@ -95,6 +95,17 @@ void repack(int isa, bool pack, const HalShape& s, int layout, Address codes, Ad
   run(pack ? t.pack : t.unpack, a, (s.k + 31) / 32, s.n * s.k, threads);
 }
 
+// Reads `bytes` (whole units of 16 KB of them).
+void probe_read(int isa, Address data, int64_t bytes, int threads) {
+  run(table(isa).read, HalProbe{at<const uint8_t>(data)}, bytes >> 14, bytes, threads);
+}
+
+// Multiplies registers; returns the number of operations.
+int64_t probe_peak(int isa, int64_t units, int threads) {
+  run(table(isa).peak, HalProbe{nullptr}, units, units << 17, threads);
+  return units * table(isa).peak_ops;
+}
+
 // Memory for prepared activations: one buffer per calling thread, grown and kept.
 void* scratch(int64_t bytes) {
   struct Free {
@@ -212,6 +223,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("quantize", quantize);
   m.def("dequantize", dequantize);
   m.def("repack", repack);
+  m.def("probe_read", probe_read);
+  m.def("probe_peak", probe_peak);
   py::class_<Tiles>(m, "Tiles")
       .def(py::init<const HalShape&, Address, Address, Address>())
       .def("code_bytes", &Tiles::code_bytes)

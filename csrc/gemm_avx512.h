@@ -175,6 +175,15 @@ HAL_INLINE __m512i small_table(const HalTiles& w) {
   return _mm512_loadu_si512(table);
 }
 
+// bf16(times * i - center) for i = 0 .. 15, twice.
+HAL_INLINE __m512i nibble_table(int times, int center) {
+  uint16_t table[32];
+  for (int i = 0; i < 32; i++) {
+    table[i] = (uint16_t)(bits_as<uint32_t>((float)(times * (i % 16) - center)) >> 16);
+  }
+  return _mm512_loadu_si512(table);
+}
+
 // Scales and zero points of one group of a tile.
 struct Columns {
   vf scale[4], zero[4];
@@ -197,10 +206,24 @@ HAL_INLINE void add_scaled(const Columns& c, const float* xsum, const vf acc[4],
   }
 }
 
-template <int R>
-HAL_INLINE void nibbles_bf16(const HalTiles& w, const uint16_t* x, const float* xsum, int64_t tile,
-                             float* sums) {
-  const __m512i table = small_table(w);
+// Lane bits >> 8 p .. of every 16-bit lane, by a byte permutation: on Intel shifts and dot products
+// share a port (a dot product keeps it for two cycles) and permutations have one of their own.
+HAL_INLINE __m512i shift_bytes(int bits) {
+  uint8_t from[64];
+  for (int i = 0; i < 64; i++) from[i] = (uint8_t)(i % 8 / 2 * 16 + i % 2 * 8 + bits);
+  return _mm512_loadu_si512(from);
+}
+
+// Dot products of R rows with one tile, every code decoded in registers. Up to five bits a table
+// gives the number; wider codes are a sum of two nibbles with a table each, exact in both.
+template <int R, int B>
+HAL_INLINE void registers_bf16(const HalTiles& w, const uint16_t* x, const float* xsum,
+                               int64_t tile, float* sums) {
+  const bool two = B > 5;
+  const __m512i low = two ? nibble_table(1, 0) : small_table(w);
+  const __m512i high = nibble_table(16, w.zero ? 0 : 1 << (B - 1));
+  const __m512i by4 = shift_bytes(4), by8 = shift_bytes(8), by12 = shift_bytes(12);
+  const Unpack u = unpack_of(B);
   const uint8_t* in = tile_codes(w, tile, 0);
   for (int64_t g = 0; g < w.s.groups; g++) {
     const int64_t inputs = padded(group_inputs(w.s, g));
@@ -210,20 +233,33 @@ HAL_INLINE void nibbles_bf16(const HalTiles& w, const uint16_t* x, const float* 
     const int S = R == 1 ? 2 : 1;
     vf acc[S][R][4];
     for (int i = 0; i < S * R * 4; i++) acc[i / (R * 4)][i / 4 % R][i % 4] = set1(0);
-    for (int64_t k = 0; k < inputs; k += 8, in += 256) {
-      __m512i codes[4];
-      for (int v = 0; v < 4; v++) {
-        codes[v] = _mm512_loadu_si512(in + 64 * v);
-        _mm_prefetch((const char*)in + 64 * v + 4096, _MM_HINT_T0);
-      }
-#pragma GCC unroll 4
-      for (int t = 0; t < 4; t++) {
-        __m512i pair[R];
-        for (int r = 0; r < R; r++) pair[r] = pair_at(xg + r * w.kp + k + 2 * t);
-#pragma GCC unroll 4
+    for (int64_t k = 0; k < inputs; k += 8, in += 64 * B) {
+#pragma GCC unroll 8
+      for (int i = 0; i < B; i++) _mm_prefetch((const char*)in + 64 * i + 4096, _MM_HINT_T0);
+#pragma GCC unroll 2
+      for (int h = 0; h < (B == 4 ? 1 : 2); h++) {
+        __m512i codes[4];
         for (int v = 0; v < 4; v++) {
-          const __m512i q = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes[v], 4 * t), table);
-          for (int r = 0; r < R; r++) acc[t % S][r][v] = dot(acc[t % S][r][v], q, pair[r]);
+          const uint8_t* block = in + v * 16 * B;
+          codes[v] = B == 4 ? _mm512_loadu_si512(block) : unpack(u, block + h * 8 * B);
+        }
+#pragma GCC unroll 4
+        for (int t = 0; t < (B == 4 ? 4 : 2); t++) {
+          const int p = B == 4 ? t : h + 2 * t;
+          __m512i pair[R];
+          for (int r = 0; r < R; r++) pair[r] = pair_at(xg + r * w.kp + k + 2 * p);
+#pragma GCC unroll 4
+          for (int v = 0; v < 4; v++) {
+            const __m512i c = codes[v];
+            const __m512i by = B == 4 ? (t == 1 ? by4 : t == 2 ? by8 : by12) : by8;
+            const __m512i at = t ? _mm512_multishift_epi64_epi8(by, c) : c;
+            const __m512i q = _mm512_permutexvar_epi16(at, low);
+            for (int r = 0; r < R; r++) acc[t % S][r][v] = dot(acc[t % S][r][v], q, pair[r]);
+            if (!two) continue;
+            const __m512i upper = _mm512_multishift_epi64_epi8(t ? by12 : by4, c);
+            const __m512i q2 = _mm512_permutexvar_epi16(upper, high);
+            for (int r = 0; r < R; r++) acc[t % S][r][v] = dot(acc[t % S][r][v], q2, pair[r]);
+          }
         }
       }
     }
@@ -238,13 +274,17 @@ HAL_INLINE void nibbles_bf16(const HalTiles& w, const uint16_t* x, const float* 
   }
 }
 
+template <int B>
 static void few_bf16(const HalGemm& a, int64_t tile, int64_t row, int64_t rows, float* sums) {
   const uint16_t* x = piece<RowX>(a, 0) + row * a.w.kp;
   const float* xsum = a.w.zero ? group_sums<RowX>(a) + row * a.w.s.groups : nullptr;
   few_rows(rows, [&](auto r) __attribute__((always_inline)) {
-    nibbles_bf16<decltype(r)::value>(a.w, x, xsum, tile, sums);
+    registers_bf16<decltype(r)::value, B>(a.w, x, xsum, tile, sums);
   });
 }
+
+const decltype(Path::block) FEW_BF16[] = {few_bf16<2>, few_bf16<3>, few_bf16<4>, few_bf16<5>,
+                                          few_bf16<6>, few_bf16<7>, few_bf16<8>};
 
 // One block as bf16 pairs in the order of prepared x: out[p] = 16 columns.
 HAL_INLINE void decode_block_bf16(const uint8_t* in, int bits, __m512i table, float center,
@@ -358,8 +398,8 @@ static void block_bf16(const HalGemm& a, int64_t tile, int64_t row, int64_t rows
 // its operand order. tmm0-3: sums of 16 x 64; tmm4: x; tmm5, 6: weights, in turn.
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 0};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 0};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
 // In memory of its own: GCC 12 takes _tile_loadconfig to read 8 bytes only, and drops the others.
@@ -391,36 +431,176 @@ HAL_INLINE void multiply_amx(const uint16_t* x, const __m512i* t, int64_t inputs
   _tile_stored(3, out + 48, 256);
 }
 
+// Sums of 16 rows in memory that are not scaled yet: a load right behind a tile store waits for it, so
+// every block is added while the next one is multiplied.
+struct Pending {
+  alignas(64) float acc[2][16 * TILE];
+  int now = 0;
+  int64_t row = 0, rows = 0, g = 0;
+  bool last = false;  // takes the zero points off
+};
+
+static void add_pending(const HalGemm& a, int64_t tile, int64_t first, const Pending& p,
+                        float* sums) {
+  if (!p.rows) return;
+  const Columns columns = columns_of(a.w, tile, p.g);
+  const float* xsum = a.w.zero && p.last ? group_sums<PanelX>(a) + p.g : nullptr;
+  for (int64_t r = 0; r < p.rows; r++) {
+    vf own[4];
+    for (int v = 0; v < 4; v++) own[v] = load<HAL_F32>(p.acc[p.now ^ 1] + r * TILE + 16 * v);
+    const float* of_row = xsum ? xsum + (p.row + r) * a.w.s.groups : nullptr;
+    add_scaled(columns, of_row, own, sums + (p.row + r - first) * TILE);
+  }
+}
+
+// The block in acc[now] becomes the pending one, after the one before it was added.
+HAL_INLINE void push(const HalGemm& a, int64_t tile, int64_t first, int64_t row, int64_t rows,
+                     int64_t g, bool last, float* sums, Pending& p) {
+  add_pending(a, tile, first, p, sums);
+  p.row = row;
+  p.rows = rows;
+  p.g = g;
+  p.last = last;
+  p.now ^= 1;
+}
+
 static void block_amx(const HalGemm& a, int64_t tile, int64_t row, int64_t rows, float* sums) {
   const HalTiles& w = a.w;
-  alignas(64) float acc[16 * TILE];
+  Pending pending;
   each_chunk(w, tile, [&](int64_t g, int64_t i, int64_t n, const __m512i* t, bool last) {
-    const Columns columns = columns_of(w, tile, g);
     for (int p = 0; p < PanelX::pieces(a); p++) {
-      const float* xsum = w.zero && last && p == 0 ? group_sums<PanelX>(a) + g : nullptr;
       for (int64_t m = 0; m < rows; m += 16) {
-        multiply_amx(piece<PanelX>(a, p) + PanelX::at(w, row + m, g, i), t, n, acc);
-        for (int64_t r = m; r < rows && r < m + 16; r++) {
-          vf own[4];
-          for (int v = 0; v < 4; v++) own[v] = load<HAL_F32>(acc + (r - m) * TILE + 16 * v);
-          const float* of_row = xsum ? xsum + (row + r) * w.s.groups : nullptr;
-          add_scaled(columns, of_row, own, sums + r * TILE);
-        }
+        const uint16_t* x = piece<PanelX>(a, p) + PanelX::at(w, row + m, g, i);
+        multiply_amx(x, t, n, pending.acc[pending.now]);
+        const int64_t some = rows - m < 16 ? rows - m : 16;
+        push(a, tile, row, row + m, some, g, last && p == 0, sums, pending);
       }
     }
   });
+  add_pending(a, tile, row, pending, sums);
 }
+
+// Up to 16 rows: decoding is most of the work. 32 inputs of four tiles are decoded by the vector
+// units while the matrix unit multiplies the 32 before them. Codes wider than five bits are two
+// nibbles with a table each, multiplied one after the other.
+template <int B>
+HAL_INLINE void decode_amx(const uint8_t* in, int64_t inputs, __m512i low, __m512i high,
+                           const Unpack& u, __m512i* t) {
+  for (int64_t k = 0; k < inputs; k += 8, in += 64 * B, t += 4) {
+#pragma GCC unroll 8
+    for (int i = 0; i < B; i++) _mm_prefetch((const char*)in + 64 * i + 4096, _MM_HINT_T0);
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; v++) {
+      __m512i* out = t + 16 * v;
+      if (B == 4) {
+        const __m512i c = _mm512_loadu_si512(in + 64 * v);
+        out[0] = _mm512_permutexvar_epi16(c, low);
+        out[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(c, 4), low);
+        out[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(c, 8), low);
+        out[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(c, 12), low);
+        continue;
+      }
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; h++) {
+        const __m512i c = unpack(u, in + (2 * v + h) * 8 * B);
+        out[h] = _mm512_permutexvar_epi16(c, low);
+        out[2 + h] = _mm512_permutexvar_epi16(_mm512_srli_epi16(c, 8), low);
+        if (B <= 5) continue;
+        out[64 + h] = _mm512_permutexvar_epi16(_mm512_srli_epi16(c, 4), high);
+        out[66 + h] = _mm512_permutexvar_epi16(_mm512_srli_epi16(c, 12), high);
+      }
+    }
+  }
+}
+
+HAL_INLINE void multiply_decoded(const __m512i* t, int pieces) {
+  _tile_loadd(7, t, 64);
+  _tile_dpbf16ps(0, 4, 7);
+  if (pieces > 1) _tile_dpbf16ps(0, 5, 7);
+  if (pieces > 2) _tile_dpbf16ps(0, 6, 7);
+  _tile_loadd(7, t + 16, 64);
+  _tile_dpbf16ps(1, 4, 7);
+  if (pieces > 1) _tile_dpbf16ps(1, 5, 7);
+  if (pieces > 2) _tile_dpbf16ps(1, 6, 7);
+  _tile_loadd(7, t + 32, 64);
+  _tile_dpbf16ps(2, 4, 7);
+  if (pieces > 1) _tile_dpbf16ps(2, 5, 7);
+  if (pieces > 2) _tile_dpbf16ps(2, 6, 7);
+  _tile_loadd(7, t + 48, 64);
+  _tile_dpbf16ps(3, 4, 7);
+  if (pieces > 1) _tile_dpbf16ps(3, 5, 7);
+  if (pieces > 2) _tile_dpbf16ps(3, 6, 7);
+}
+
+template <int B>
+static void few_amx(const HalGemm& a, int64_t tile, int64_t row, int64_t rows, float* sums) {
+  const HalTiles& w = a.w;
+  const bool two = B > 5;
+  const __m512i low = two ? nibble_table(1, 0) : small_table(w);
+  const __m512i high = nibble_table(16, w.zero ? 0 : 1 << (B - 1));
+  const Unpack u = unpack_of(B);
+  const int pieces = PanelX::pieces(a);
+  const uint8_t* in = tile_codes(w, tile, 0);
+  Pending pending;
+  TileConfig config;
+  for (int i = 0; i < 7; i++) config.rows[i] = (uint8_t)rows;
+  _tile_loadconfig(&config);
+  // Rows past a group's last input keep older numbers, and meet zeros in x.
+  const int64_t half = two ? 128 : 64;
+  __m512i t[2 * 128] = {};
+  int now = 0;
+  const auto inputs_of = [&](int64_t g) { return g < w.s.groups ? padded(group_inputs(w.s, g)) : 0; };
+  const auto decode = [&](int64_t inputs, int to) __attribute__((always_inline)) {
+    decode_amx<B>(in, inputs, low, high, u, t + to * half);
+    in += inputs * 8 * B;
+  };
+  const auto at_most_32 = [](int64_t n) { return n < 32 ? n : 32; };
+  decode(at_most_32(inputs_of(0)), 0);
+  for (int64_t g = 0; g < w.s.groups; g++) {
+    const int64_t inputs = inputs_of(g);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t i = 0; i < inputs; i += 32) {
+      const int64_t at = PanelX::at(w, row, g, i);
+      _tile_loadd(4, piece<PanelX>(a, 0) + at, 64);
+      if (pieces > 1) _tile_loadd(5, piece<PanelX>(a, 1) + at, 64);
+      if (pieces > 2) _tile_loadd(6, piece<PanelX>(a, 2) + at, 64);
+      multiply_decoded(t + now * half, pieces);
+      if (two) multiply_decoded(t + now * half + 64, pieces);
+      now ^= 1;
+      decode(at_most_32(i + 32 < inputs ? inputs - i - 32 : inputs_of(g + 1)), now);
+    }
+    float* acc = pending.acc[pending.now];
+    _tile_stored(0, acc, 256);
+    _tile_stored(1, acc + 16, 256);
+    _tile_stored(2, acc + 32, 256);
+    _tile_stored(3, acc + 48, 256);
+    push(a, tile, row, row, rows, g, true, sums, pending);
+  }
+  add_pending(a, tile, row, pending, sums);
+}
+
+const decltype(Path::block) FEW_AMX[] = {few_amx<2>, few_amx<3>, few_amx<4>, few_amx<5>,
+                                         few_amx<6>, few_amx<7>, few_amx<8>};
 
 #endif
 
 static Path path_of(const HalGemm& a) {
   const bool bf16 = a.w.s.dtype == HAL_BF16;
-  const bool few = a.w.s.bits == 4 && a.m <= (HAL_LEVEL == HAL_LEVEL_AMX && bf16 ? 1 : FEW);
-#if HAL_LEVEL >= HAL_LEVEL_AVX512VNNI
-  if (few && bf16) return {few_bf16, prepare_bf16<RowX>, size_bf16<RowX>, nullptr, nullptr};
+  const bool few = a.m <= FEW;
+#if HAL_LEVEL == HAL_LEVEL_AVX512VNNI
+  if (few && bf16) {
+    return {FEW_BF16[a.w.s.bits - 2], prepare_bf16<RowX>, size_bf16<RowX>, nullptr, nullptr};
+  }
 #endif
-  if (few) return {few_f32, prepare_f32, size_f32, nullptr, nullptr};
+  if (few && a.w.s.bits == 4 && !(HAL_LEVEL == HAL_LEVEL_AMX && bf16)) return {few_f32, prepare_f32, size_f32, nullptr, nullptr};
 #if HAL_LEVEL == HAL_LEVEL_AMX
+  const bool one_panel = a.m <= 16;
+  if (one_panel) {
+    return {FEW_AMX[a.w.s.bits - 2], prepare_bf16<PanelX>, size_bf16<PanelX>, nullptr, end_amx};
+  }
   return {block_amx, prepare_bf16<PanelX>, size_bf16<PanelX>, begin_amx, end_amx};
 #elif HAL_LEVEL == HAL_LEVEL_AVX512VNNI
   if (bf16) return {block_bf16, prepare_bf16<RowX>, size_bf16<RowX>, nullptr, nullptr};

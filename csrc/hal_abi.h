@@ -97,6 +97,11 @@ struct HalSlab {
   int64_t ld;
 };
 
+// Memory for the read probe: units of 16 KB.
+struct HalProbe {
+  const uint8_t* data;
+};
+
 struct HalTable {
   const char* name;
   void (*search)(const HalSearch*, int64_t row, int64_t end);
@@ -112,6 +117,9 @@ struct HalTable {
   int64_t (*prepared_bytes)(const HalGemm*);
   void (*prepare_x)(const HalGemm*, int64_t row, int64_t end);
   void (*gemm)(const HalGemm*, int64_t tile, int64_t end);  // tiles that overlap first .. first + n
+  void (*read)(const HalProbe*, int64_t unit, int64_t end);
+  void (*peak)(const HalProbe*, int64_t unit, int64_t end);
+  int64_t peak_ops;  // of one unit
 };
 
 // One per object compiled for an instruction set.

@@ -3,6 +3,7 @@
 #include "gemm.h"
 #include "group_ops.h"
 #include "pack_ops.h"
+#include "probe.h"
 
 #define HAL_JOIN(a, b) a##b
 #define HAL_SYMBOL(name) HAL_JOIN(hal_table_, name)
@@ -24,4 +25,7 @@ extern const HalTable HAL_SYMBOL(HAL_TABLE_NAME) = {
     prepared_size,
     prepare_rows,
     gemm_tiles,
+    read_units,
+    peak_units,
+    PEAK_OPS,
 };

@@ -13,7 +13,7 @@ from hal.registry import Case, Kernel, select
 from hal.spec import Spec
 
 #: M buckets asked at prepare; the kernel of a bucket serves all M up to it, the last one any M.
-PLANNED = (8, 64, 256, 512)
+PLANNED = (8, 64, 256, 512, 1024)
 
 
 @dataclass(slots=True)

@@ -78,11 +78,11 @@ class Unsupported(RuntimeError):
     """No kernel can serve a case; the message lists every row and its reason."""
 
 
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 def bucket(m: int) -> int:
-    """Smallest bucket holding ``m`` rows; 512 stands for all larger sizes."""
+    """Smallest bucket holding ``m`` rows; 1024 stands for all larger sizes."""
     return next((b for b in BUCKETS if m <= b), BUCKETS[-1])
 
 

@@ -158,7 +158,7 @@ def test_qgemm(row: Kernel, isa: str, dtype: torch.dtype) -> None:
     for i, q in enumerate(PRODUCTS):
         w = hal.dequantize(q, dtype=torch.float32).double()
         ready = hal.prepare(q, dtype=dtype)
-        for m in (*(1, 2, 3, 4, 5, 17, 101)[i % 2 :: 2], *[300] * (i % 6 == 0)):
+        for m in (*(1, 2, 3, 4, 5, 17, 101)[i % 2 :: 2], *[600] * (i % 6 == 0)):
             caps = device.caps(q.device)
             if row.when(Case("qgemm", q.spec, dtype, *q.shape, caps, m=bucket(m))):
                 continue

@@ -21,7 +21,7 @@ def case(op: str = "qgemm", spec: str = "s4:g128:f16", m: int = 1) -> Case:
 
 
 def test_bucket() -> None:
-    assert [bucket(m) for m in (1, 3, 8, 9, 512, 10**6)] == [1, 4, 8, 16, 512, 512]
+    assert [bucket(m) for m in (1, 3, 8, 9, 512, 10**6)] == [1, 4, 8, 16, 512, 1024]
     assert bucket(BUCKETS[-1] + 1) == BUCKETS[-1]
 
 
