@@ -14,6 +14,8 @@ from autoround.models.blocks import BlockList, find_blocks
 from autoround.models.checkpoint import Checkpoint
 from autoround.models.header import AGAIN
 
+#: What blocks can be computed in.
+COMPUTE = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
@@ -39,6 +41,11 @@ class StreamedModel:
         self.checkpoint = checkpoint
         config = compat.load_config(str(checkpoint.path), trust_remote_code)
         self.dtype = dtype or _own_dtype(config, checkpoint)
+        if self.dtype not in COMPUTE:
+            raise InputError(
+                f"{checkpoint.path} is in {self.dtype}; save it in bfloat16 or float32 first, "
+                "e.g. model.to(torch.bfloat16).save_pretrained(...)"
+            )
         self.device = device or torch.empty(0).device
         self.model: Any = compat.skeleton(config, self.dtype, trust_remote_code)
         self.blocks: BlockList = find_blocks(self.model, blocks)

@@ -177,6 +177,11 @@ def test_pickles_are_not_opened(model: Path, refused: Refused) -> None:
     )
 
 
+def test_float64(tmp_path: Path, refused: Refused) -> None:
+    source = zoo.save("qwen3", tmp_path / "f64", dtype=torch.float64)
+    refused(source, *RTN, words=["torch.float64", "bfloat16 or float32 first"])
+
+
 def test_already_quantized(model: Path, tmp_path: Path, refused: Refused) -> None:
     with pytest.raises(SystemExit) as end:
         cli.run(["quantize", str(model), "-o", str(tmp_path / "q"), *RTN, "-q"])
