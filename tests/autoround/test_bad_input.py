@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import zoo
 from safetensors.torch import load_file, save_file
 
