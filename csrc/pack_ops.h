@@ -125,99 +125,151 @@ HAL_INLINE uint8_t* tile_codes(const HalTiles& t, int64_t tile, int64_t k) {
   return t.codes + (tile * t.kp + k) / 8 * 4 * block_bytes(t.s.bits);
 }
 
-// 16 rows x 8 inputs. Four bits: byte 4c + j = inputs j and 4 + j of row c, so that one `and` gives
-// four inputs of every row. Other widths: per half of four inputs, the 64 codes 4c + j as a stream.
-HAL_INLINE void put_block(uint8_t* out, const uint8_t* codes, int bits) {
-  if (bits == 4) {
-    for (int i = 0; i < 64; i++) {
-      out[i] = (uint8_t)(codes[i / 4 * 8 + i % 4] | codes[i / 4 * 8 + i % 4 + 4] << 4);
-    }
+// A block is 16 rows x 8 inputs. Four bits: byte 4c + j = inputs j and 4 + j of row c, so that one
+// `and` gives four inputs of every row. Other widths: per half of four inputs, the 64 codes 4c + j as
+// a stream. Packed two rows at a time: a and b hold their 8 codes, one a byte.
+template <int B>
+HAL_INLINE void put_rows(uint8_t* block, int pair, uint64_t a, uint64_t b) {
+  if (B == 4) {
+    const uint64_t x = ((a | a >> 28) & 0xffffffff) | (b | b >> 28) << 32;
+    __builtin_memcpy(block + 8 * pair, &x, 8);
     return;
   }
-  for (int half = 0; half < 2; half++) {
-    for (int i = 0; i < 8; i++) {
-      uint8_t pair[8];
-      __builtin_memcpy(pair, codes + 16 * i + 4 * half, 4);
-      __builtin_memcpy(pair + 4, codes + 16 * i + 8 + 4 * half, 4);
-      const uint64_t x = squeeze(load_u64(pair), bits);
-      __builtin_memcpy(out + (8 * half + i) * bits, &x, bits);
-    }
+  const uint64_t halves[2] = {(a & 0xffffffff) | b << 32, a >> 32 | (b >> 32 << 32)};
+  for (int h = 0; h < 2; h++) {
+#if HAL_LEVEL >= HAL_LEVEL_AVX2
+    const uint64_t x = _pext_u64(halves[h], ((1ull << B) - 1) * 0x0101010101010101);
+#else
+    const uint64_t x = squeeze(halves[h], B);
+#endif
+    __builtin_memcpy(block + (8 * h + pair) * B, &x, B);
   }
 }
 
-HAL_INLINE void get_block(const uint8_t* in, uint8_t* codes, int bits) {
-  if (bits == 4) {
-    for (int i = 0; i < 64; i++) {
-      codes[i / 4 * 8 + i % 4] = in[i] & 15;
-      codes[i / 4 * 8 + i % 4 + 4] = in[i] >> 4;
-    }
+template <int B>
+HAL_INLINE void get_rows(const uint8_t* block, int pair, uint64_t* a, uint64_t* b) {
+  uint64_t x[2] = {};
+  if (B == 4) {
+    __builtin_memcpy(x, block + 8 * pair, 8);
+    const uint64_t low = x[0] & 0x0f0f0f0f0f0f0f0f, high = x[0] >> 4 & 0x0f0f0f0f0f0f0f0f;
+    *a = (low & 0xffffffff) | high << 32;
+    *b = low >> 32 | (high >> 32 << 32);
     return;
   }
-  for (int half = 0; half < 2; half++) {
-    for (int i = 0; i < 8; i++) {
-      uint64_t x = 0;
-      __builtin_memcpy(&x, in + (8 * half + i) * bits, bits);
-      x = spread(x, bits);
-      __builtin_memcpy(codes + 16 * i + 4 * half, &x, 4);
-      const uint32_t second = (uint32_t)(x >> 32);
-      __builtin_memcpy(codes + 16 * i + 8 + 4 * half, &second, 4);
-    }
+  for (int h = 0; h < 2; h++) {
+    __builtin_memcpy(x + h, block + (8 * h + pair) * B, B);
+#if HAL_LEVEL >= HAL_LEVEL_AVX2
+    x[h] = _pdep_u64(x[h], ((1ull << B) - 1) * 0x0101010101010101);
+#else
+    x[h] = spread(x[h], B);
+#endif
   }
+  *a = (x[0] & 0xffffffff) | x[1] << 32;
+  *b = x[0] >> 32 | (x[1] >> 32 << 32);
 }
 
-// Calls body(block, row of w, column of w, rows, inputs) for every block of a tile that has any.
-template <class Body>
-HAL_INLINE void each_block(const HalTiles& t, int64_t tile, Body body) {
-  for (int64_t g = 0; g < t.s.groups; g++) {
-    const int64_t inputs = group_inputs(t.s, g);
-    for (int64_t i = 0; i < inputs; i += 8) {
-      uint8_t* codes = tile_codes(t, tile, group_start(t.s, g) + i);
-      for (int64_t v = 0; v < 4; v++) {
-        const int64_t row = tile * TILE + 16 * v, left = t.s.n - row, more = inputs - i;
-        body(codes + v * block_bytes(t.s.bits), row, g * t.s.width + i, left < 16 ? left : 16,
-             more < 8 ? more : 8);
+HAL_INLINE uint64_t codes_at(const uint8_t* p, int64_t n) {
+  uint64_t x = 0;
+  if (n >= 8) return load_u64(p);
+  for (int64_t i = 0; i < n; i++) x |= (uint64_t)p[i] << 8 * i;
+  return x;
+}
+
+HAL_INLINE void put_codes(uint8_t* p, int64_t n, uint64_t x) {
+  if (n >= 8) {
+    __builtin_memcpy(p, &x, 8);
+    return;
+  }
+  for (int64_t i = 0; i < n; i++) p[i] = (uint8_t)(x >> 8 * i);
+}
+
+// Calls body(block, pair of rows in it, code of the first, code of the second, inputs); codes are
+// null past the last row. A pair of rows is followed along its inputs: 16 rows side by side are
+// multiples of 4 KB apart as a rule, more than the sets of L1 hold.
+template <int B, class Body>
+HAL_INLINE void each_pair(const HalTiles& t, const HalPlain& p, int64_t tile, Body body) {
+  for (int64_t r = 0; r < TILE; r += 2) {
+    const int64_t row = tile * TILE + r;
+    uint8_t* first = row < t.s.n ? p.codes + row * t.s.k : nullptr;
+    uint8_t* second = row + 1 < t.s.n ? first + t.s.k : nullptr;
+    for (int64_t g = 0; g < t.s.groups; g++) {
+      const int64_t inputs = group_inputs(t.s, g), k = g * t.s.width;
+      uint8_t* block = tile_codes(t, tile, group_start(t.s, g)) + r / 16 * block_bytes(B);
+      for (int64_t i = 0; i < inputs; i += 8, block += 4 * block_bytes(B)) {
+        body(block, (int)(r % 16 / 2), first ? first + k + i : nullptr,
+             second ? second + k + i : nullptr, inputs - i);
       }
+    }
+  }
+}
+
+// Calls f with the number of bits as a compile-time constant.
+template <int B>
+struct Bits {
+  static const int value = B;
+};
+template <class Fn>
+HAL_INLINE void by_bits(int bits, Fn f) {
+  switch (bits) {
+    case 2: return f(Bits<2>());
+    case 3: return f(Bits<3>());
+    case 4: return f(Bits<4>());
+    case 5: return f(Bits<5>());
+    case 6: return f(Bits<6>());
+    case 7: return f(Bits<7>());
+    default: return f(Bits<8>());
+  }
+}
+
+template <class T>
+HAL_INLINE void copy_columns(const HalTiles& t, T* tiled, T* plain, int64_t tile, bool to_tiles) {
+  const int64_t groups = t.s.groups, left = t.s.n - tile * TILE;
+  for (int64_t g = 0; g < groups; g++) {
+    for (int64_t c = 0; c < TILE && c < left; c++) {
+      T* a = tiled + (tile * groups + g) * TILE + c;
+      T* b = plain + (tile * TILE + c) * groups + g;
+      if (to_tiles) *a = *b;
+      else *b = *a;
     }
   }
 }
 
 HAL_INLINE void copy_scales(const HalTiles& t, const HalPlain& p, int64_t tile, bool to_tiles) {
-  const int64_t size = t.s.scale_dtype == HAL_F32 ? 4 : 2, groups = t.s.groups;
-  for (int64_t c = 0; c < TILE && tile * TILE + c < t.s.n; c++) {
-    for (int64_t g = 0; g < groups; g++) {
-      const int64_t plain = (tile * TILE + c) * groups + g, tiled = (tile * groups + g) * TILE + c;
-      uint8_t *a = (uint8_t*)t.scale + tiled * size, *b = (uint8_t*)p.scale + plain * size;
-      for (int64_t i = 0; i < size; i++) *(to_tiles ? a + i : b + i) = *(to_tiles ? b + i : a + i);
-      if (t.zero) *(to_tiles ? t.zero + tiled : p.zero + plain) =
-          *(to_tiles ? p.zero + plain : t.zero + tiled);
-    }
+  if (t.s.scale_dtype == HAL_F32) {
+    copy_columns(t, (uint32_t*)t.scale, (uint32_t*)p.scale, tile, to_tiles);
+  } else {
+    copy_columns(t, (uint16_t*)t.scale, (uint16_t*)p.scale, tile, to_tiles);
   }
+  if (t.zero) copy_columns(t, t.zero, p.zero, tile, to_tiles);
 }
 
 static void tile_tiles(const HalTiles* t, const HalPlain* p, int64_t tile, int64_t end) {
-  for (int64_t i = tile; i < end; i++) {
-    each_block(*t, i, [&](uint8_t* block, int64_t row, int64_t k, int64_t rows, int64_t inputs) {
-      uint8_t codes[128] = {};
-      for (int64_t r = 0; r < rows; r++) {
-        for (int64_t c = 0; c < inputs; c++) codes[8 * r + c] = p->codes[(row + r) * t->s.k + k + c];
-      }
-      put_block(block, codes, t->s.bits);
-    });
-    copy_scales(*t, *p, i, true);
-  }
+  by_bits(t->s.bits, [&](auto bits) __attribute__((always_inline)) {
+    constexpr int B = decltype(bits)::value;
+    for (int64_t i = tile; i < end; i++) {
+      each_pair<B>(*t, *p, i, [](uint8_t* block, int pair, uint8_t* a, uint8_t* b, int64_t n)
+                                  __attribute__((always_inline)) {
+        put_rows<B>(block, pair, a ? codes_at(a, n) : 0, b ? codes_at(b, n) : 0);
+      });
+      copy_scales(*t, *p, i, true);
+    }
+  });
 }
 
 static void untile_tiles(const HalTiles* t, const HalPlain* p, int64_t tile, int64_t end) {
-  for (int64_t i = tile; i < end; i++) {
-    each_block(*t, i, [&](uint8_t* block, int64_t row, int64_t k, int64_t rows, int64_t inputs) {
-      uint8_t codes[128];
-      get_block(block, codes, t->s.bits);
-      for (int64_t r = 0; r < rows; r++) {
-        for (int64_t c = 0; c < inputs; c++) p->codes[(row + r) * t->s.k + k + c] = codes[8 * r + c];
-      }
-    });
-    copy_scales(*t, *p, i, false);
-  }
+  by_bits(t->s.bits, [&](auto bits) __attribute__((always_inline)) {
+    constexpr int B = decltype(bits)::value;
+    for (int64_t i = tile; i < end; i++) {
+      each_pair<B>(*t, *p, i, [](uint8_t* block, int pair, uint8_t* a, uint8_t* b, int64_t n)
+                                  __attribute__((always_inline)) {
+        uint64_t x, y;
+        get_rows<B>(block, pair, &x, &y);
+        if (a) put_codes(a, n, x);
+        if (b) put_codes(b, n, y);
+      });
+      copy_scales(*t, *p, i, false);
+    }
+  });
 }
 
 }  // namespace

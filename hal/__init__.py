@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Device layer: uniform quantize, pack and dequant-GEMM verbs over swappable kernels."""
 
+from hal import compile as _operators  # noqa: F401 (registers them)
 from hal.device import Device, devices
 from hal.nn import QExperts, QLinear
 from hal.ops import (

@@ -153,6 +153,9 @@ def restore(w: Weight) -> QTensor:
 
 def qgemm(x: Tensor, w: Weight, bias: Tensor | None = None) -> Tensor:
     """``x [..., K] @ w.T + bias -> [..., N]`` in the dtype of ``x``; accumulates in f32."""
+    if torch.compiler.is_compiling():
+        compiled: Tensor = torch.ops.hal.qgemm(x, w.token, bias)
+        return compiled
     n, k = w.shape
     if x.dtype != w.dtype or x.shape[-1] != k or x.device != w.device:
         raise ValueError(f"x must be {w.dtype} [..., {k}] on {w.device}, not {_describe(x)}")
@@ -170,6 +173,9 @@ def qgemm_grouped(x: Tensor, w: Weight, offsets: Tensor) -> Tensor:
 
     ``offsets [E + 1]`` i32: expert e owns rows ``offsets[e] : offsets[e + 1]``.
     """
+    if torch.compiler.is_compiling():
+        compiled: Tensor = torch.ops.hal.qgemm_grouped(x, w.token, offsets)
+        return compiled
     n, k = w.shape[0] // w.experts, w.shape[1]
     if x.dtype != w.dtype or x.ndim != 2 or x.shape[1] != k or x.device != w.device:
         raise ValueError(f"x must be {w.dtype} [T, {k}] on {w.device}, not {_describe(x)}")

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`prepare`: choose the kernels once, lay the weight out for them once, then only multiply."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -16,12 +18,16 @@ from hal.spec import Spec
 PLANNED = (8, 64, 256, 512, 1024)
 
 
-@dataclass(slots=True)
+_tokens = count()
+
+
+@dataclass(slots=True, weakref_slot=True)
 class Weight:
     """A weight ready for one device: native layout, opaque to everyone but its kernels.
 
     ``kernels``: (largest M, row) in rising order. ``parts``: the native tensors, kept alive here.
-    ``handle``: whatever the backend wants to look up once per weight.
+    ``handle``: whatever the backend wants to look up once per weight. ``token``: its name in graphs
+    of ``torch.compile``.
     """
 
     spec: Spec
@@ -32,6 +38,10 @@ class Weight:
     parts: dict[str, Tensor]
     kernels: tuple[tuple[int, Kernel], ...]
     handle: Any = None
+    token: int = field(default_factory=_tokens.__next__, init=False)
+
+    def __post_init__(self) -> None:
+        WEIGHTS[self.token] = self
 
     @property
     def device(self) -> torch.device:
@@ -47,6 +57,10 @@ class Weight:
             if m <= limit:
                 return row
         return self.kernels[-1][1]
+
+
+#: Every weight alive, by token.
+WEIGHTS: WeakValueDictionary[int, Weight] = WeakValueDictionary()
 
 
 def plan(q: QTensor, dtype: torch.dtype, target: torch.device) -> tuple[tuple[int, Kernel], ...]:
