@@ -88,6 +88,12 @@ void dequantize(int isa, const HalShape& s, Address codes, Address scale, Addres
   run(table(isa).dequantize, a, s.n, s.n * s.k, threads);
 }
 
+void quantize_act(int isa, const HalShape& s, Address x, Address codes, Address scale, bool given,
+                  int threads) {
+  const HalAct a = {s, at(x), at<int8_t>(codes), at<float>(scale), given};
+  run(table(isa).quantize_act, a, s.n, s.n * s.k, threads);
+}
+
 void repack(int isa, bool pack, const HalShape& s, int layout, Address codes, Address words,
             int threads) {
   const HalRepack a = {s, layout, at<uint8_t>(codes), at<uint32_t>(words)};
@@ -222,6 +228,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("qdq_step", qdq_step);
   m.def("quantize", quantize);
   m.def("dequantize", dequantize);
+  m.def("quantize_act", quantize_act);
   m.def("repack", repack);
   m.def("probe_read", probe_read);
   m.def("probe_peak", probe_peak);

@@ -235,4 +235,36 @@ static void dequantize_rows(const HalPlain* a, int64_t row, int64_t end) {
   });
 }
 
+// codec.quantize_act of one group: n activations to codes by `scale`.
+template <int F>
+HAL_INLINE void act_codes(const Stored<F>* x, int64_t n, float scale, int8_t* codes) {
+  uint8_t* out = (uint8_t*)codes;
+  for (int64_t i = 0; i < n; i += 16) {
+    const vf q = rne(div(load_n<F>(x + i, n - i), set1(scale)));
+    const vf level = add(min(max(q, set1(-127)), set1(127)), set1(128));
+    store_codes_n(out + i, level, n - i);
+  }
+  for (int64_t i = 0; i < n; i++) out[i] ^= 128;
+}
+
+template <int F>
+HAL_INLINE float act_scale(const Stored<F>* x, int64_t n) {
+  float low, high;
+  range_of<F>(x, n, &low, &high);
+  const float most = high > -low ? high : -low, scale = most / 127;
+  return scale == 0 ? 1 : scale;
+}
+
+static void quantize_act_rows(const HalAct* a, int64_t row, int64_t end) {
+  by_dtype(a->s.dtype, [&](auto dtype) __attribute__((always_inline)) {
+    constexpr int F = decltype(dtype)::value;
+    each_group(a->s, row, end, [&](int64_t g, int64_t at, int64_t n)
+                                   __attribute__((always_inline)) {
+      const Stored<F>* x = (const Stored<F>*)a->x + at;
+      if (!a->given) a->scale[g] = act_scale<F>(x, n);
+      act_codes<F>(x, n, a->scale[g], a->codes + at);
+    });
+  });
+}
+
 }  // namespace

@@ -59,6 +59,15 @@ struct HalPlain {
   void* out;      // dequantize, s.dtype
 };
 
+// Activations [n, k] to s8 codes and f32 scales [n, groups]: computed, or given.
+struct HalAct {
+  HalShape s;
+  const void* x;
+  int8_t* codes;
+  float* scale;
+  int32_t given;
+};
+
 // codes u8 [n, k] <-> qweight i32 of a file layout.
 struct HalRepack {
   HalShape s;
@@ -109,6 +118,7 @@ struct HalTable {
   void (*qdq_step)(const HalStep*, int64_t row, int64_t end);
   void (*quantize)(const HalPlain*, int64_t row, int64_t end);
   void (*dequantize)(const HalPlain*, int64_t row, int64_t end);
+  void (*quantize_act)(const HalAct*, int64_t row, int64_t end);
   void (*pack)(const HalRepack*, int64_t block, int64_t end);    // blocks of 32 columns
   void (*unpack)(const HalRepack*, int64_t block, int64_t end);  // blocks of 32 columns
   void (*tile)(const HalTiles*, const HalPlain*, int64_t tile, int64_t end);

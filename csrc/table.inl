@@ -17,6 +17,7 @@ extern const HalTable HAL_SYMBOL(HAL_TABLE_NAME) = {
     step_rows,
     quantize_rows,
     dequantize_rows,
+    quantize_act_rows,
     pack_blocks,
     unpack_blocks,
     tile_tiles,

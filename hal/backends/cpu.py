@@ -139,6 +139,18 @@ def _plain(parts: Parts) -> tuple[int, int, int]:
     return _at(parts["codes"]), _at(parts["scale"]), _at(parts.get("zero"))
 
 
+def _quantize_act(x: Tensor, group: int, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    (m, k), spec = x.shape, Spec("s8", group, "f32")
+    shape = native().Shape(
+        m, k, spec.width(k), 8, True, DTYPES[x.dtype], DTYPES[torch.float32], 0.0
+    )
+    codes, given = torch.empty(m, k, dtype=torch.int8), scale is not None
+    scale = torch.empty(m, spec.groups(k)) if scale is None else scale.float().contiguous()
+    at = (_at(x), _at(codes), _at(scale))
+    native().quantize_act(isa(), shape, *at, given, torch.get_num_threads())
+    return codes, scale
+
+
 def _pack(parts: Parts, spec: Spec, shape: tuple[int, int], layout: str) -> Parts:
     """Codes natively; scales and zero points, a hundredth of the bytes, as the reference does."""
     n, k = shape
@@ -274,6 +286,7 @@ KERNELS = (
     Kernel("cpu.qdq_step", "qdq_step", _qdq_step),
     Kernel("cpu.quantize", "quantize", _quantize),
     Kernel("cpu.dequantize", "dequantize", _dequantize),
+    Kernel("cpu.quantize_act", "quantize_act", _quantize_act),
     Kernel("cpu.pack", "pack", _pack, _file_layout),
     Kernel("cpu.unpack", "unpack", _unpack, _file_layout),
     Kernel("cpu.qgemm_slab", "qgemm", _qgemm_slab, _many_rows, "cpu.tiles"),

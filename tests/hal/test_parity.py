@@ -112,6 +112,18 @@ def test_quantize_dequantize(quantize: Kernel, dequantize: Kernel, isa: str) -> 
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("row", rows("quantize_act"), ids=lambda row: row.name)
+def test_quantize_act(row: Kernel, isa: str) -> None:
+    for i, (spec, x) in enumerate(tried()):
+        want = codec.quantize_act(x, spec.group, None)
+        assert all(map(same, row.fn(x, spec.group, None), want)), (spec, x.dtype, i)
+        given = want[1] * 0.7  # clips
+        codes, scale = row.fn(x, spec.group, given)
+        assert same(codes, codec.quantize_act(x, spec.group, given)[0]), (spec, x.dtype, i)
+        assert same(scale, given)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "plain"])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_pack_unpack(bits: int, layout: str, isa: str) -> None:
