@@ -154,14 +154,8 @@ class _Engine:
     def __init__(
         self, recipe: Recipe, streamed: StreamedModel, plan: ModelPlan, sink: ShardSink, run: Run
     ) -> None:
-        self.recipe, self.streamed, self.plan, self.sink, self.out = (
-            recipe,
-            streamed,
-            plan,
-            sink,
-            run,
-        )
-        self.progress = run.progress
+        self.recipe, self.streamed, self.plan = recipe, streamed, plan
+        self.sink, self.out, self.progress = sink, run, run.progress
         self.stages: tuple[Stage, ...] = (Search(),)
         if recipe.iters:
             self.stages = (
@@ -190,6 +184,9 @@ class _Engine:
                 if index == last:
                     break  # the model's head adds nothing that tuning needs
                 forwards.resume(outputs)
+        for index in sorted(set(range(last + 1)) - {report.index for report in self.out.blocks}):
+            with self._block(index) as task:  # text alone never reaches it: cross-attention
+                Search().run(task)
 
     @contextlib.contextmanager
     def _block(self, index: int) -> Iterator[BlockTask]:
@@ -223,8 +220,15 @@ class _Engine:
         quants = Samples({i - n: call for i, call in calls.items() if i >= n})
         outputs = self._forward_all(task, floats, {})
         task.y = {i: hidden(out) for i, out in outputs.items()}
+        if not all(torch.isfinite(y).all() for y in task.y.values()):
+            raise InputError(
+                f"{self.streamed.blocks.names[task.index]} puts out NaN or infinity in "
+                f"{self.streamed.dtype} before anything is quantized; save the model in bfloat16 "
+                "first, or use --recipe rtn"
+            )
         task.x = tuned_on = quants if quants.indices else floats
-        self._run_stages(task)
+        if task.layers:
+            self._run_stages(task)
         rounded = self._forward_all(task, tuned_on, _dequantized(task))
         task.report["loss"] = _mean_loss(rounded, task.y)
         return outputs | {i + n: out for i, out in rounded.items() if quants.indices}

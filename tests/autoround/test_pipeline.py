@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+import transformers
 import zoo
 from safetensors.torch import load_file, save_file
 
@@ -424,6 +426,47 @@ def test_weights_shared_between_blocks_are_kept(saved: Saved, tmp_path: Path) ->
         name = f"model.layers.{block}.shared_transformer.self_attn.q_proj"
         assert run.plan.kept_because[name] == "shared between blocks"
         assert extra[name]["bits"] == 16
+
+
+def test_block_kept_whole_passes_samples_on(saved: Saved, tmp_path: Path) -> None:
+    run = tune(saved("llama"), tmp_path / "out", ignore_layers=("layers.0",))
+    assert run.blocks[0].loss == 0  # nothing rounded yet
+    assert 0 < run.blocks[1].loss < run.blocks[1].loss_rtn
+    modules = oracle.packed_modules(oracle.read(tmp_path / "out"))
+    assert modules
+    assert not [m for m in modules if m.startswith("model.layers.0.")]
+
+
+def test_block_that_text_never_reaches_is_rounded(tmp_path: Path) -> None:
+    """Mllama without an image skips its cross-attention block; it is quantized all the same."""
+    text = {key: zoo.BASE[key] for key in ("vocab_size", "hidden_size", "intermediate_size")}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    layers = {"num_hidden_layers": 3, "cross_attention_layers": [1]}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "attention_heads": 2, "image_size": 28}
+    vision |= {"num_hidden_layers": 2, "num_global_layers": 1, "patch_size": 14}
+    vision |= {"vision_output_dim": 64, "intermediate_layers_indices": [1]}
+    config = transformers.MllamaConfig(text_config=text | heads | layers, vision_config=vision)
+    transformers.MllamaForConditionalGeneration(config).save_pretrained(tmp_path / "mllama")
+    run = tune(tmp_path / "mllama", tmp_path / "out")
+    assert [b.index for b in run.blocks] == [0, 2, 1]
+    assert math.isnan(run.blocks[2].loss)
+    before, after = oracle.read(tmp_path / "mllama"), oracle.read(tmp_path / "out")
+    own = oracle.config(tmp_path / "out")["quantization_config"]
+    decoded = {m: d for m, d in oracle.decode_all(tmp_path / "out").items() if ".layers.1." in m}
+    assert len(decoded) == len([m for m in oracle.packed_modules(after) if ".layers.1." in m]) > 0
+    for module, d in decoded.items():
+        bits, _, sym = oracle.scheme_of(own, module)
+        oracle.assert_nearest(d, before[f"{module}.weight"].numpy(), bits, sym)
+
+
+def test_float_model_that_overflows_is_refused(tmp_path: Path) -> None:
+    model = zoo.build("llama").half()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.fill_(6e4)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match=r"layers\.1 puts out NaN or infinity in torch\.float16"):
+        tune(tmp_path / "model", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # ---- failure ---------------------------------------------------------------------------------
