@@ -158,7 +158,7 @@ struct Tiles {
   }
 
   HalGemm gemm_args(Address x, int64_t m, int64_t first, int64_t n, Address out) const {
-    return {t, m, first, n, at(x), nullptr, nullptr, 0, at(out), n};
+    return {t, m, first, n, at(x), nullptr, nullptr, 0, at(out), n, 0};
   }
 
   // Without the GIL. 768 rows at a time: the prepared form of x then stays below 20 MB at K = 4096.
@@ -183,11 +183,12 @@ struct Tiles {
                   [&](int64_t i, int64_t end) { f.gemm(&a, first + i, first + end); });
   }
 
-  void gemm(int isa, Address x, int64_t m, Address bias, int bias_dtype, Address out,
-            int threads) const {
+  void gemm(int isa, Address x, int64_t m, Address bias, int bias_dtype, Address out, int threads,
+            bool fast) const {
     HalGemm a = gemm_args(x, m, 0, t.s.n, out);
     a.bias = at(bias);
     a.bias_dtype = bias_dtype;
+    a.fast = fast;
     const HalTable& f = table(isa);
     py::gil_scoped_release unlocked;
     multiply(f, a, threads);

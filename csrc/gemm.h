@@ -5,6 +5,7 @@
 // Large m: a chunk of a group is decoded once into L1 and multiplied by all rows (MR x 64
 // accumulators). Few rows of 4-bit weights on AVX-512: decoded in registers, never stored.
 #pragma once
+#include "group_ops.h"
 #include "pack_ops.h"
 
 namespace {

@@ -286,6 +286,111 @@ static void few_bf16(const HalGemm& a, int64_t tile, int64_t row, int64_t rows, 
 const decltype(Path::block) FEW_BF16[] = {few_bf16<2>, few_bf16<3>, few_bf16<4>, few_bf16<5>,
                                           few_bf16<6>, few_bf16<7>, few_bf16<8>};
 
+// Fast: activations as s8 codes with a scale per group of w, summed as integers. Behind the codes:
+// scales [m, groups], then sums of codes [m, groups], which take the zero points off.
+static int64_t size_fast(const HalGemm& a) {
+  return ((a.m * a.w.kp + 63) & ~(int64_t)63) + 2 * a.m * a.w.s.groups * 4;
+}
+
+struct FastX {
+  int8_t* codes;
+  float *scale, *sum;
+};
+
+HAL_INLINE FastX fast_x(const HalGemm& a) {
+  int8_t* codes = (int8_t*)a.prepared;
+  float* scale = (float*)(codes + ((a.m * a.w.kp + 63) & ~(int64_t)63));
+  return {codes, scale, scale + a.m * a.w.s.groups};
+}
+
+static void prepare_fast(const HalGemm& a, int64_t row, int64_t end) {
+  const HalTiles& w = a.w;
+  const FastX to = fast_x(a);
+  by_dtype(w.s.dtype, [&](auto dtype) __attribute__((always_inline)) {
+    constexpr int F = decltype(dtype)::value;
+    each_group(w.s, row, end, [&](int64_t g, int64_t at, int64_t n) __attribute__((always_inline)) {
+      const Stored<F>* x = (const Stored<F>*)a.x + at;
+      int8_t* codes = to.codes + g / w.s.groups * w.kp + group_start(w.s, g % w.s.groups);
+      to.scale[g] = act_scale<F>(x, n);
+      act_codes<F>(x, n, to.scale[g], codes);
+      int32_t sum = 0;
+      for (int64_t i = 0; i < n; i++) sum += codes[i];
+      for (int64_t i = n; i < padded(n); i++) codes[i] = 0;
+      to.sum[g] = (float)sum;
+    });
+  });
+}
+
+HAL_INLINE __m512i four_at(const int8_t* x) {
+  int32_t four;
+  __builtin_memcpy(&four, x, 4);
+  return _mm512_set1_epi32(four);
+}
+
+template <int R, int B>
+HAL_INLINE void rows_fast(const HalTiles& w, const FastX& x, int64_t row, int64_t tile,
+                          float* sums) {
+  const Unpack u = unpack_of(B);
+  const __m512i nibble = _mm512_set1_epi8(15);
+  const uint8_t* in = tile_codes(w, tile, 0);
+  const int S = R == 1 ? 2 : 1;  // chains a column: more than the latency of a dot product
+  for (int64_t g = 0; g < w.s.groups; g++) {
+    const int64_t inputs = padded(group_inputs(w.s, g));
+    const int8_t* xg = x.codes + row * w.kp + group_start(w.s, g);
+    __m512i acc[S][R][4];
+    for (int i = 0; i < S * R * 4; i++) acc[i / (R * 4)][i / 4 % R][i % 4] = _mm512_setzero_si512();
+    for (int64_t k = 0; k < inputs; k += 8, in += 64 * B) {
+#pragma GCC unroll 8
+      for (int i = 0; i < B; i++) _mm_prefetch((const char*)in + 64 * i + 4096, _MM_HINT_T0);
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; h++) {
+        __m512i codes[4];
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; v++) {
+          if (B != 4) {
+            codes[v] = unpack(u, in + (2 * v + h) * 8 * B);
+            continue;
+          }
+          const __m512i both = _mm512_loadu_si512(in + 64 * v);
+          codes[v] = _mm512_and_si512(h ? _mm512_srli_epi16(both, 4) : both, nibble);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+          const __m512i four = four_at(xg + r * w.kp + k + 4 * h);
+#pragma GCC unroll 4
+          for (int v = 0; v < 4; v++) {
+            acc[h % S][r][v] = _mm512_dpbusd_epi32(acc[h % S][r][v], codes[v], four);
+          }
+        }
+      }
+    }
+    for (int v = 0; v < 4; v++) {
+      const vf scale = scale_of(w, tile, g, v), zero = zero_of(w, tile, g, v);
+      for (int r = 0; r < R; r++) {
+        if (S == 2) acc[0][r][v] = _mm512_add_epi32(acc[0][r][v], acc[S - 1][r][v]);
+        const int64_t at = (row + r) * w.s.groups + g;
+        const vf dots = _mm512_cvtepi32_ps(acc[0][r][v]);
+        const vf y = mul(_mm512_fnmadd_ps(zero, set1(x.sum[at]), dots), set1(x.scale[at]));
+        float* c = sums + r * TILE + 16 * v;
+        store<HAL_F32>(c, fma(scale, y, load<HAL_F32>(c)));
+      }
+    }
+  }
+}
+
+template <int B>
+static void block_fast(const HalGemm& a, int64_t tile, int64_t row, int64_t rows, float* sums) {
+  const FastX x = fast_x(a);
+  for (int64_t m = 0; m < rows; m += FEW) {
+    few_rows(rows - m, [&](auto r) __attribute__((always_inline)) {
+      rows_fast<decltype(r)::value, B>(a.w, x, row + m, tile, sums + m * TILE);
+    });
+  }
+}
+
+const decltype(Path::block) FAST[] = {block_fast<2>, block_fast<3>, block_fast<4>, block_fast<5>,
+                                      block_fast<6>, block_fast<7>, block_fast<8>};
+
 // One block as bf16 pairs in the order of prepared x: out[p] = 16 columns.
 HAL_INLINE void decode_block_bf16(const uint8_t* in, int bits, __m512i table, float center,
                                   __m512i out[4]) {
@@ -590,6 +695,9 @@ const decltype(Path::block) FEW_AMX[] = {few_amx<2>, few_amx<3>, few_amx<4>, few
 static Path path_of(const HalGemm& a) {
   const bool bf16 = a.w.s.dtype == HAL_BF16;
   const bool few = a.m <= FEW;
+#if HAL_LEVEL >= HAL_LEVEL_AVX512VNNI
+  if (a.fast) return {FAST[a.w.s.bits - 2], prepare_fast, size_fast, nullptr, nullptr};
+#endif
 #if HAL_LEVEL == HAL_LEVEL_AVX512VNNI
   if (few && bf16) {
     return {FEW_BF16[a.w.s.bits - 2], prepare_bf16<RowX>, size_bf16<RowX>, nullptr, nullptr};

@@ -96,6 +96,7 @@ struct HalGemm {
   int32_t bias_dtype;
   void* out;  // [m, ldo], dtype s.dtype
   int64_t ldo;
+  int32_t fast;  // activations as s8 codes per group of w; from avx512vnni on
 };
 
 // Tiles to a dense [kp, ld] slab, for a BLAS: column j of the slab is row `first + j`.

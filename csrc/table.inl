@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Included last by each isa_*.cpp: HAL_LEVEL and HAL_TABLE_NAME are set.
 #include "gemm.h"
-#include "group_ops.h"
 #include "pack_ops.h"
 #include "probe.h"
 

@@ -132,13 +132,23 @@ def quantize_act(x: Tensor, act: Act, *, scale: Tensor | None = None) -> tuple[T
     return codes_scale
 
 
-def prepare(q: QTensor, *, dtype: torch.dtype, device: torch.device | None = None) -> Weight:
-    """Make ``q`` ready to multiply ``dtype`` activations on ``device``: native layout, kernels."""
+def prepare(
+    q: QTensor,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    act: Act | None = None,
+) -> Weight:
+    """Make ``q`` ready to multiply ``dtype`` activations on ``device``: native layout, kernels.
+
+    ``act`` allows products with activations quantized like that on the way (`quantize_act`), where
+    that is faster; elsewhere, and without it, products are exact.
+    """
     if dtype not in FLOATS:
         raise ValueError(f"activations of {dtype} are not supported; use one of {FLOATS}")
     target = q.device if device is None else device
     plain = pack(q, "plain")
-    rows = plan(plain, dtype, target)
+    rows = plan(plain, dtype, target, act)
     name = rows[0][1].layout
     moved = {part: t.to(target) for part, t in plain.parts.items()}
     native = native_layout(name).pack(moved, q.spec)

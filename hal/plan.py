@@ -12,10 +12,10 @@ from torch import Tensor
 from hal import device as devices
 from hal.qtensor import QTensor
 from hal.registry import Case, Kernel, select
-from hal.spec import Spec
+from hal.spec import Act, Spec
 
 #: M buckets asked at prepare; the kernel of a bucket serves all M up to it, the last one any M.
-PLANNED = (8, 64, 256, 512, 1024)
+PLANNED = (4, 8, 64, 256, 512, 1024)
 
 
 _tokens = count()
@@ -63,12 +63,15 @@ class Weight:
 WEIGHTS: WeakValueDictionary[int, Weight] = WeakValueDictionary()
 
 
-def plan(q: QTensor, dtype: torch.dtype, target: torch.device) -> tuple[tuple[int, Kernel], ...]:
+def plan(
+    q: QTensor, dtype: torch.dtype, target: torch.device, act: Act | None = None
+) -> tuple[tuple[int, Kernel], ...]:
     """Kernels for every planned M, all reading the layout that the first answer reads."""
     op = "qgemm_grouped" if q.experts > 1 else "qgemm"
     rows: list[tuple[int, Kernel]] = []
     for m in PLANNED:
-        case = Case(op, q.spec, dtype, *q.shape, devices.caps(target), m=m, experts=q.experts)
+        caps = devices.caps(target)
+        case = Case(op, q.spec, dtype, *q.shape, caps, m=m, act=act, experts=q.experts)
         row = select(case)
         rows.append((m, row if not rows or row.layout == rows[0][1].layout else rows[0][1]))
     return tuple(rows)

@@ -184,6 +184,29 @@ def test_qgemm(row: Kernel, isa: str, dtype: torch.dtype) -> None:
 
 @needs_native
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_fast_products_are_exact_on_quantized_activations(isa: str, dtype: torch.dtype) -> None:
+    most = {"amx": 4, "avx512vnni": 8}.get(isa, 0)
+    for q in PRODUCTS:
+        act = hal.Act("s8", q.spec.group)
+        ready = hal.prepare(q, dtype=dtype, act=act)
+        w = hal.dequantize(q, dtype=torch.float32).double()
+        for m in (1, 2, 3, 4, 7, 8):
+            served = m <= most
+            assert (ready.kernel(m).name == "cpu.qgemm_fast") == served
+            x = weights(m, q.shape[1], m).to(dtype)
+            bias = torch.randn(q.shape[0])
+            codes, scale = hal.quantize_act(x, act)
+            scales = scale.repeat_interleave(q.spec.width(x.shape[1]), 1)[:, : x.shape[1]]
+            used = codes.double() * scales.double() if served else x.double()
+            got, want = hal.qgemm(x, ready, bias), used @ w.T + bias.double()
+            assert relative_error(got, want) < TOLERANCE[dtype], (q.spec, q.shape, m)
+            exact = x.double() @ w.T + bias.double()
+            assert relative_error(got, exact) < 0.02, (q.spec, q.shape, m)
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
 def test_more_rows_than_are_prepared_at_once(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HAL_KERNEL", "cpu.qgemm")
     q = quantized(weights(70, 96, 1), hal.Spec.parse("u4:g32:f16:int"))
