@@ -117,29 +117,24 @@ def copies_of(ready: hal.Weight, count: int) -> list[hal.Weight]:
     return [clone() for _ in range(count)]
 
 
-def products(
-    shape: tuple[int, int],
-    specs: Sequence[str],
-    ms: Sequence[int],
-    threads: Sequence[int],
-    cold: int,
-    budget: float,
-) -> list[Row]:
-    """Every spec, m, number of threads; hot = one copy, cold = rotating over ``cold`` bytes."""
+def products(options: argparse.Namespace) -> list[Row]:
+    """Every spec, m, number of threads; hot = one copy, cold = rotating over ``cold`` GB."""
+    shape, cold = (options.shape[0], options.shape[1]), int(options.cold * 1e9)
     n, k = shape
     w = torch.randn(n, k).bfloat16()
     linear, four = dense(w), int4pack(w, 128)
     rows = []
-    for text, (place, size) in itertools.product(specs, {"hot": 0, "cold": cold}.items()):
+    for text, (place, size) in itertools.product(options.spec, {"hot": 0, "cold": cold}.items()):
         if place == "cold" and not cold:
             continue
         spec = hal.Spec.parse(text)
         q = hal.quantize(w, hal.search(w, spec), spec)
-        ready = hal.prepare(q, dtype=torch.bfloat16)
+        act = hal.Act("s8", spec.group) if options.fast else None
+        ready = hal.prepare(q, dtype=torch.bfloat16, act=act)
         pool = copies_of(ready, max(1, size // ready.nbytes))
         others = (max(1, size // (n * k * 2)), max(1, size // (n * k // 2)))
-        bench = Bench(text, shape, place, pool, linear, four, others, budget)
-        for m, t in itertools.product(ms, threads):
+        bench = Bench(text, shape, place, pool, linear, four, others, options.seconds)
+        for m, t in itertools.product(options.m, options.threads):
             torch.set_num_threads(t)
             rows.append(product(bench, m, t))
             print(rows[-1], flush=True)
@@ -280,6 +275,7 @@ def main(argv: Sequence[str]) -> None:
         "times the L3 where that is possible, and what stays cached is in the read probe too",
     )
     parser.add_argument("--seconds", type=float, default=0.5, help="per case")
+    parser.add_argument("--fast", action="store_true", help="allow 8-bit activations per group")
     parser.add_argument("--no-sweeps", action="store_true", help="products only")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="fraction of the roofline over m")
@@ -289,10 +285,7 @@ def main(argv: Sequence[str]) -> None:
         if not options.no_sweeps:
             sweeps(*options.shape, options.seconds)
         print("\n" + HEAD)
-        cold = int(options.cold * 1e9)
-        shape = (options.shape[0], options.shape[1])
-        args = (shape, options.spec, options.m, options.threads, cold, options.seconds)
-        rows = products(*args)
+        rows = products(options)
     if options.json:
         machine = {
             "cpu": cpu.caps(0).name,
