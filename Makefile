@@ -42,8 +42,12 @@ types: install
 check: lint types test
 
 # Our directories in Intel's auto-round and theirs in ours, in an environment of its own.
-interop: install
-	$(PY) -m tests.interop.run_auto_round
+PEER := .cache/peers/auto-round
+interop: install $(PEER)/.ready
+	$(PY) tests/interop/run_auto_round.py --peer-python $(PEER)/bin/python
+
+$(PEER)/.ready: | install
+	$(PY) -c 'from benchmarks.tuning import environment; environment("auto-round")'
 
 sizes:
 	@$(PYTHON) tools/sizes.py

@@ -251,7 +251,7 @@ def main() -> int:
         work = given.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
         bad = 0
-        for o in outcomes(given.peer_python, work.absolute(), given.filter):
+        for o in outcomes(str(Path(given.peer_python).absolute()), work.absolute(), given.filter):
             bad += o.verdict == "FAIL"
             print(json.dumps(asdict(o)) if given.json else _row(o), flush=True)
     return int(bad > 0)
