@@ -90,7 +90,12 @@ class Run:
     def record(self, recipe: Recipe) -> dict[str, Any]:
         """What decided the bytes of the output, and the losses; no times."""
         used = self.tokens and {"digest": self.tokens.digest, "shape": [*self.tokens.ids.shape]}
-        losses = [{"name": b.name, "loss_rtn": b.loss_rtn, "loss": b.loss} for b in self.blocks]
+        losses = [
+            # A block that text never reached has none; NaN would not be JSON.
+            {"name": b.name}
+            | ({} if math.isnan(b.loss) else {"loss_rtn": b.loss_rtn, "loss": b.loss})
+            for b in self.blocks
+        ]
         return {
             "recipe": recipe.to_json(),
             "calibration": used,
