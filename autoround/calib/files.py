@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -41,7 +42,24 @@ def read_file(path: Path) -> Sequence[Any]:
         ) from error
 
 
-class _JsonLines(Sequence[Any]):
+class _Rows(Sequence[Any]):
+    """Rows made one by one, only when asked for; slices are lists of them."""
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Any]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self.row(i) for i in range(*index.indices(len(self)))]
+        return self.row(range(len(self))[index])
+
+    @abstractmethod
+    def row(self, index: int) -> Any:
+        """Row ``index``, 0 <= index < len."""
+
+
+class _JsonLines(_Rows):
     """Lines of a ``.jsonl`` file, each parsed only when it is asked for."""
 
     def __init__(self, path: Path) -> None:
@@ -54,13 +72,7 @@ class _JsonLines(Sequence[Any]):
     def __len__(self) -> int:
         return len(self._lines)
 
-    @overload
-    def __getitem__(self, index: int) -> Any: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Any]: ...
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def row(self, index: int) -> Any:
         number, line = self._lines[index]
         try:
             return json.loads(line)
@@ -71,7 +83,7 @@ class _JsonLines(Sequence[Any]):
             ) from error
 
 
-class _Table(Sequence[Any]):
+class _Table(_Rows):
     """Rows of an Arrow table as dicts, converted one by one."""
 
     def __init__(self, table: Any) -> None:
@@ -80,14 +92,8 @@ class _Table(Sequence[Any]):
     def __len__(self) -> int:
         return int(self._table.num_rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Any: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Any]: ...
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return self._table.slice(range(len(self))[index], 1).to_pylist()[0]
+    def row(self, index: int) -> Any:
+        return self._table.slice(index, 1).to_pylist()[0]
 
 
 def _json(path: Path) -> Sequence[Any]:

@@ -44,15 +44,6 @@ def find_blocks(model: nn.Module, name: str | None = None) -> BlockList:
     )
 
 
-def outside(model: nn.Module, blocks: BlockList) -> list[str]:
-    """Modules outside the list that own parameters or buffers themselves, in model order."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if not blocks.owns(name) and (module._parameters or module._buffers)
-    ]
-
-
 def _named(model: nn.Module, name: str) -> BlockList:
     modules = dict(model.named_modules())
     found = modules.get(name)

@@ -4,6 +4,7 @@
 import os
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -186,7 +187,8 @@ def _file_layout(case: Case) -> str | None:
 # ---- qgemm: the weight in tiles of 64 output columns (csrc/README.md)
 
 
-def _tiles(parts: Parts, spec: Spec, shape: tuple[int, int], dtype: torch.dtype) -> object:
+def _tiles(parts: Parts, spec: Spec, shape: tuple[int, int], dtype: torch.dtype) -> Any:
+    """The native view of a tiled weight; holds addresses, keeps nothing alive."""
     return native().Tiles(_shape(spec, *shape, dtype), *_plain(parts))
 
 
@@ -201,7 +203,7 @@ def _tile(parts: Parts, spec: Spec) -> Parts:
     }
     if not spec.symmetric:
         tiled["zero"] = torch.zeros(tiles, groups, TILE, dtype=torch.uint8)
-    handle = native().Tiles(_shape(spec, n, k, torch.float32), *_plain(tiled))
+    handle = _tiles(tiled, spec, (n, k), torch.float32)
     handle.fill(isa(), *_plain(parts), torch.get_num_threads())
     return tiled
 
@@ -214,19 +216,16 @@ def _untile(parts: Parts, spec: Spec, shape: tuple[int, int]) -> Parts:
     }
     if not spec.symmetric:
         plain["zero"] = torch.empty(groups, dtype=torch.uint8)
-    handle = native().Tiles(_shape(spec, *shape, torch.float32), *_plain(parts))
+    handle = _tiles(parts, spec, shape, torch.float32)
     handle.read(isa(), *_plain(plain), torch.get_num_threads())
     return plain
 
 
-def _bound(weight: Weight) -> tuple[ModuleType, int]:
+def _bound(weight: Weight) -> tuple[Any, int]:
     """The native weight and the instruction set, looked up once per weight."""
     if weight.handle is None:
-        tiles = native().Tiles(
-            _shape(weight.spec, *weight.shape, weight.dtype), *_plain(weight.parts)
-        )
-        weight.handle = (tiles, isa())
-    handle: tuple[ModuleType, int] = weight.handle
+        weight.handle = (_tiles(weight.parts, weight.spec, weight.shape, weight.dtype), isa())
+    handle: tuple[Any, int] = weight.handle
     return handle
 
 
