@@ -21,6 +21,14 @@ const int MR = 2, NV = 1;
 const int64_t CHUNK = 64;   // inputs decoded at once: 16 KB of f32
 const int64_t M_BLOCK = 192;  // rows per pass over a tile: their sums take 48 KB of L2
 
+// The step of 8 inputs a kilobyte ahead: as far as one core sees to it that loads of the L3 overlap; at
+// 4 KB products were 5 to 40 % slower.
+template <int B>
+HAL_INLINE void prefetch_step(const uint8_t* in) {
+#pragma GCC unroll 8
+  for (int i = 0; i < B; i++) __builtin_prefetch(in + 1024 + 64 * i);
+}
+
 // ---- decoding one block: 16 columns x 8 inputs
 
 #if HAL_LEVEL >= HAL_LEVEL_AVX512VNNI

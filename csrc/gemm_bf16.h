@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: Apache-2.0
+// bf16 dot products over a decoded chunk of a tile (AVX512-BF16), and the forms of x that they and
+// AMX read.
+#pragma once
+
+namespace {
+
+// bf16: prepared x holds every 8 inputs in the order 0 2 4 6 1 3 5 7, the order in which a shift by
+// 0, 4, 8, 12 brings the nibbles of a 16-bit lane out as pairs. Behind it: the sum of x over each
+// group, which takes the zero points off (dot(q - z, x) = dot(q, x) - z * sum(x)).
+
+// x as rows [m, kp].
+struct RowX {
+  static int64_t at(const HalTiles& w, int64_t r, int64_t g, int64_t i) {
+    return r * w.kp + group_start(w.s, g) + i;
+  }
+  static int64_t end(const HalTiles&, int64_t n) { return padded(n); }
+  static int64_t size(const HalGemm& a) { return a.m * a.w.kp; }
+  static int pieces(const HalGemm&) { return 1; }
+};
+
+// x as AMX operands: 16 rows x 32 inputs in 1 KB, every group padded with zeros to 32 inputs (as rows
+// 8 KB apart they were fetched from L2 line by line). f16 is a sum of two bf16 (11 bits of 16), f32
+// of three (24 of 24): a second and a third matrix.
+struct PanelX {
+  static int64_t group_panels(const HalTiles& w) { return (padded(w.s.width) + 31) / 32; }
+  static int64_t row_panels(const HalTiles& w) {
+    const int64_t last = w.s.groups - 1;
+    return last * group_panels(w) + (padded(group_inputs(w.s, last)) + 31) / 32;
+  }
+  static int64_t at(const HalTiles& w, int64_t r, int64_t g, int64_t i) {
+    const int64_t panel = r / 16 * row_panels(w) + g * group_panels(w) + i / 32;
+    return panel * 512 + r % 16 * 32 + i % 32;
+  }
+  static int64_t end(const HalTiles&, int64_t n) { return (n + 31) & ~(int64_t)31; }
+  static int64_t size(const HalGemm& a) { return (a.m + 15) / 16 * row_panels(a.w) * 512; }
+  static int pieces(const HalGemm& a) {
+    return a.w.s.dtype == HAL_BF16 ? 1 : a.w.s.dtype == HAL_F16 ? 2 : 3;
+  }
+};
+
+template <class X>
+HAL_INLINE uint16_t* piece(const HalGemm& a, int i) {
+  return (uint16_t*)a.prepared + i * X::size(a);
+}
+template <class X>
+HAL_INLINE float* group_sums(const HalGemm& a) {
+  return (float*)piece<X>(a, X::pieces(a));
+}
+template <class X>
+static int64_t size_bf16(const HalGemm& a) {
+  return (X::pieces(a) * X::size(a)) * 2 + a.m * a.w.s.groups * 4;
+}
+
+// n inputs in dot order and zeros up to `room` (both counted to 32), one bf16 a piece, `next` elements
+// apart.
+template <int F>
+HAL_INLINE void prepare_32(const Stored<F>* in, int64_t n, int64_t room, uint16_t* out, int pieces,
+                           int64_t next) {
+  const __m512i order = _mm512_set_epi64(0x1f001d001b0019, 0x1e001c001a0018, 0x17001500130011,
+                                         0x16001400120010, 0x0f000d000b0009, 0x0e000c000a0008,
+                                         0x07000500030001, 0x06000400020000);
+  if (F == HAL_BF16 && n >= 32) {
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(order, _mm512_loadu_si512(in)));
+    return;
+  }
+  const __mmask32 mask = room < 32 ? (1u << room) - 1 : ~0u;
+  vf low = n > 0 ? load_n<F>(in, n) : set1(0), high = n > 16 ? load_n<F>(in + 16, n - 16) : set1(0);
+  for (int p = 0; p < pieces; p++) {
+    alignas(64) uint16_t h[32];
+    store<HAL_BF16>(h, low);
+    store<HAL_BF16>(h + 16, high);
+    low = sub(low, load<HAL_BF16>(h));
+    high = sub(high, load<HAL_BF16>(h + 16));
+    const __m512i ordered = _mm512_permutexvar_epi16(order, _mm512_load_si512(h));
+    _mm512_mask_storeu_epi16(out + p * next, mask, ordered);
+  }
+}
+
+template <int F>
+HAL_INLINE float sum_of(const Stored<F>* x, int64_t n) {
+  vf sum = set1(0);
+  for (int64_t i = 0; i < n; i += 16) sum = add(sum, load_n<F>(x + i, n - i));
+  return fold(sum);
+}
+
+template <class X>
+static void prepare_bf16(const HalGemm& a, int64_t row, int64_t end) {
+  const HalTiles& w = a.w;
+  by_dtype(w.s.dtype, [&](auto dtype) __attribute__((always_inline)) {
+    constexpr int F = decltype(dtype)::value;
+    for (int64_t r = row; r < end; r++) {
+      for (int64_t g = 0; g < w.s.groups; g++) {
+        const Stored<F>* x = (const Stored<F>*)a.x + r * w.s.k + g * w.s.width;
+        const int64_t n = group_inputs(w.s, g);
+        for (int64_t i = 0; i < X::end(w, n); i += 32) {
+          uint16_t* out = piece<X>(a, 0) + X::at(w, r, g, i);
+          prepare_32<F>(x + i, n - i, X::end(w, n) - i, out, X::pieces(a), X::size(a));
+        }
+        if (w.zero) group_sums<X>(a)[r * w.s.groups + g] = sum_of<F>(x, n);
+      }
+    }
+  });
+}
+
+HAL_INLINE __m512i pair_at(const uint16_t* x) {
+  uint32_t pair;
+  __builtin_memcpy(&pair, x, 4);
+  return _mm512_set1_epi32((int)pair);
+}
+
+HAL_INLINE vf dot(vf acc, __m512i w, __m512i x) {
+  return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x);
+}
+
+// bf16(i - center) for i = 0 .. 31. vpermw looks at the low five bits of a lane; with four-bit codes
+// the fifth belongs to a neighbour, so the table repeats after 16.
+HAL_INLINE __m512i small_table(const HalTiles& w) {
+  const float center = w.zero ? 0.0f : (float)(1 << (w.s.bits - 1));
+  uint16_t table[32];
+  for (int i = 0; i < 32; i++) {
+    const float x = (float)(w.s.bits == 4 ? i % 16 : i) - center;
+    table[i] = (uint16_t)(bits_as<uint32_t>(x) >> 16);
+  }
+  return _mm512_loadu_si512(table);
+}
+
+// bf16(times * i - center) for i = 0 .. 15, twice.
+HAL_INLINE __m512i nibble_table(int times, int center) {
+  uint16_t table[32];
+  for (int i = 0; i < 32; i++) {
+    table[i] = (uint16_t)(bits_as<uint32_t>((float)(times * (i % 16) - center)) >> 16);
+  }
+  return _mm512_loadu_si512(table);
+}
+
+// Scales and zero points of one group of a tile.
+struct Columns {
+  vf scale[4], zero[4];
+};
+
+HAL_INLINE Columns columns_of(const HalTiles& w, int64_t tile, int64_t g) {
+  Columns c;
+  for (int v = 0; v < 4; v++) {
+    c.scale[v] = scale_of(w, tile, g, v);
+    c.zero[v] = w.zero ? zero_of(w, tile, g, v) : set1(0);
+  }
+  return c;
+}
+
+// One row: sums += scale * (acc - zero * sum(x)); xsum null = no zero points to take off.
+HAL_INLINE void add_scaled(const Columns& c, const float* xsum, const vf acc[4], float* sums) {
+  for (int v = 0; v < 4; v++) {
+    const vf y = xsum ? _mm512_fnmadd_ps(c.zero[v], set1(*xsum), acc[v]) : acc[v];
+    store<HAL_F32>(sums + 16 * v, fma(c.scale[v], y, load<HAL_F32>(sums + 16 * v)));
+  }
+}
+
+// One block as bf16 pairs in the order of prepared x: out[p] = 16 columns.
+HAL_INLINE void decode_block_bf16(const uint8_t* in, int bits, __m512i table, float center,
+                                  __m512i out[4]) {
+  if (bits == 4) {
+    const __m512i codes = _mm512_loadu_si512(in);
+    out[0] = _mm512_permutexvar_epi16(codes, table);
+    out[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), table);
+    out[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 8), table);
+    out[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 12), table);
+    return;
+  }
+  uint32_t lanes[2][16];
+  block_lanes(in, bits, lanes);
+  for (int h = 0; h < 2; h++) {
+    if (bits < 6) {
+      const __m512i codes = _mm512_loadu_si512(lanes[h]);
+      const __m512i even = _mm512_and_si512(codes, _mm512_set1_epi16(255));
+      out[h] = _mm512_permutexvar_epi16(even, table);
+      out[2 + h] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 8), table);
+      continue;
+    }
+    __m512i x[4];  // small integers: their low 16 bits are zero
+    for (int j = 0; j < 4; j++) {
+      x[j] = _mm512_castps_si512(sub(byte_of(lanes[h], j), set1(center)));
+    }
+    out[h] = _mm512_or_si512(_mm512_srli_epi32(x[0], 16), x[2]);
+    out[2 + h] = _mm512_or_si512(_mm512_srli_epi32(x[1], 16), x[3]);
+  }
+}
+
+const int64_t CHUNK_BF16 = 128;  // 16 KB of pairs
+
+// `inputs` of a tile as pairs t[pair][64], with zeros up to a multiple of 32 inputs.
+HAL_INLINE void decode_bf16(const HalTiles& w, int64_t tile, int64_t k, int64_t inputs,
+                            __m512i table, __m512i* t) {
+  const float center = w.zero ? 0.0f : (float)(1 << (w.s.bits - 1));
+  const uint8_t* in = tile_codes(w, tile, k);
+  int64_t pair = 0;
+  for (; pair < inputs / 2; pair += 4) {
+    for (int v = 0; v < 4; v++, in += block_bytes(w.s.bits)) {
+      __m512i block[4];
+      decode_block_bf16(in, w.s.bits, table, center, block);
+      for (int p = 0; p < 4; p++) t[(pair + p) * 4 + v] = block[p];
+    }
+  }
+  for (; pair % 16; pair++) {
+    for (int v = 0; v < 4; v++) t[pair * 4 + v] = _mm512_setzero_si512();
+  }
+}
+
+// Calls body(group, first input in the group, inputs, decoded chunk, last chunk of the group).
+template <class Body>
+HAL_INLINE void each_chunk(const HalTiles& w, int64_t tile, Body body) {
+  const __m512i table = small_table(w);
+  __m512i t[CHUNK_BF16 / 2 * 4];
+  for (int64_t g = 0; g < w.s.groups; g++) {
+    const int64_t inputs = padded(group_inputs(w.s, g)), start = group_start(w.s, g);
+    for (int64_t i = 0; i < inputs; i += CHUNK_BF16) {
+      const int64_t n = inputs - i < CHUNK_BF16 ? inputs - i : CHUNK_BF16;
+      decode_bf16(w, tile, start + i, n, table, t);
+      body(g, i, n, (const __m512i*)t, i + n == inputs);
+    }
+  }
+}
+
+#if HAL_LEVEL == HAL_LEVEL_AVX512VNNI
+
+template <int R>
+HAL_INLINE void multiply_bf16(const uint16_t* x, int64_t ldx, const __m512i* t, int64_t inputs,
+                              vf (*acc)[4]) {
+  for (int r = 0; r < R; r++) {
+    for (int v = 0; v < 4; v++) acc[r][v] = set1(0);
+  }
+  for (int64_t k = 0; k < inputs; k += 2, t += 4) {
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++) {
+      const __m512i a = pair_at(x + r * ldx + k);
+      acc[r][0] = dot(acc[r][0], t[0], a);
+      acc[r][1] = dot(acc[r][1], t[1], a);
+      acc[r][2] = dot(acc[r][2], t[2], a);
+      acc[r][3] = dot(acc[r][3], t[3], a);
+    }
+  }
+}
+
+static void block_bf16(const HalGemm& a, int64_t tile, int64_t row, int64_t rows, float* sums) {
+  const HalTiles& w = a.w;
+  each_chunk(w, tile, [&](int64_t g, int64_t i, int64_t n, const __m512i* t, bool last) {
+    const float* xsum = w.zero && last ? group_sums<RowX>(a) + row * w.s.groups + g : nullptr;
+    const uint16_t* x = piece<RowX>(a, 0) + RowX::at(w, row, g, i);
+    const Columns columns = columns_of(w, tile, g);
+    each_rows(rows, [&](auto r, int64_t m) __attribute__((always_inline)) {
+      constexpr int R = decltype(r)::value;
+      vf acc[R][4];
+      multiply_bf16<R>(x + m * w.kp, w.kp, t, n, acc);
+      for (int q = 0; q < R; q++) {
+        const float* own = xsum ? xsum + (m + q) * w.s.groups : nullptr;
+        add_scaled(columns, own, acc[q], sums + (m + q) * TILE);
+      }
+    });
+  });
+}
+
+#endif
+
+}  // namespace
