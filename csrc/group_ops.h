@@ -1,126 +1,299 @@
 // SPDX-License-Identifier: Apache-2.0
-// Group-wise verbs: search, qdq, qdq_step, quantize, dequantize. Every operation stands in the
-// order of hal/codec.py: true division, no fused multiply-add (-ffp-contract=off), 16-lane sums.
-// Each needs one sweep over a group whatever its length, so nothing is buffered.
+// Group-wise verbs: search, qdq, qdq_step, quantize, dequantize, quantize_act. Every result has the
+// bits of hal/codec.py: true division, no fused multiply-add (-ffp-contract=off), 16-lane sums.
+//
+// A vector division takes 16 cycles on AVX-512, longer than all the rest together. Where a fused
+// multiply-add is at hand quotients come from the reciprocal instead, with the same bits (`quotient`).
 #pragma once
 #include "vec.h"
 
 namespace {
 
-struct Group {
-  float scale, zero, low, high;
-  bool floored;
-};
-
-HAL_INLINE float clamped(float x, float least, float most) {
-  return x < least ? least : x > most ? most : x;
+HAL_INLINE vf sign(vf x) {
+  return select(lt(set1(0), x), set1(1), select(lt(x, set1(0)), set1(-1), set1(0)));
 }
 
-HAL_INLINE float sign(float x) { return (float)((x > 0) - (x < 0)); }
+HAL_INLINE vf clamped(vf x, vf least, vf most) {
+  return select(lt(x, least), least, select(lt(most, x), most, x));
+}
 
-// codec.scale_zero of one group.
-HAL_INLINE Group group_of(const HalShape& s, float amin, float amax, float lo, float hi) {
-  Group g;
+HAL_INLINE vf negative(vf x) { return sub(set1(0), x); }
+
+// Adding 1.5 * 2^23 to a number below 2^22 rounds it to an integer, half to even, and leaves that
+// integer in the low bits; whatever is larger stays far outside of any range of levels.
+const float MAGIC = 12582912.0f;
+
+// Up to 16 groups, one a lane: codec.scale_zero of each.
+struct Groups {
+  vf low, high, scale, zero;
+  vm floored;
+};
+
+HAL_INLINE Groups groups_of(const HalShape& s, vf amin, vf amax, vf lo, vf hi) {
+  Groups g;
   const float levels = (float)(1 << s.bits), half = levels / 2, top = levels - 1;
-  g.low = -(amin * lo);
-  g.high = amax * hi;
-  const float larger = g.low > g.high ? g.low : g.high;
-  const float exact =
-      s.symmetric ? (g.high < g.low ? larger : -larger) / half : (g.high + g.low) / top;
-  const float stored = rounded(exact, s.scale_dtype);
-  g.floored = (stored < 0 ? -stored : stored) < s.least;
-  g.scale = !g.floored ? stored : stored < 0 ? -s.least : s.least;
-  g.zero = s.symmetric ? half : clamped(first(rne(set1(g.low / g.scale))), 0, top);
+  g.low = negative(mul(amin, lo));
+  g.high = mul(amax, hi);
+  const vf larger = max(g.low, g.high);
+  const vf exact = s.symmetric ? div(select(lt(g.high, g.low), larger, negative(larger)), set1(half))
+                               : div(add(g.high, g.low), set1(top));
+  const vf stored = rounded(exact, s.scale_dtype), least = set1(s.least);
+  const vm down = lt(stored, set1(0));
+  g.floored = lt(select(down, negative(stored), stored), least);
+  g.scale = select(g.floored, select(down, negative(least), least), stored);
+  g.zero = s.symmetric ? set1(half) : clamped(rne(div(g.low, g.scale)), set1(0), set1(top));
   return g;
 }
 
-HAL_INLINE Group group_of(const HalShape& s, const HalParams& p, int64_t i) {
-  return group_of(s, p.amin[i], p.amax[i], p.lo[i], p.hi[i]);
+const int BATCH = 16;
+
+// What elements need to know of their groups.
+struct Batch {
+  alignas(64) float scale[BATCH], inverse[BATCH], zero[BATCH];
+  float top;
+  bool usual, twice;  // every |scale| < 2^100; see quotient
+};
+
+HAL_INLINE Batch batch_of(const HalShape& s, const Groups& g) {
+  Batch b;
+  store<HAL_F32>(b.scale, g.scale);
+  store<HAL_F32>(b.inverse, div(set1(1), g.scale));
+  store<HAL_F32>(b.zero, g.zero);
+  b.top = (float)((1 << s.bits) - 1);
+  b.usual = most(g.scale) < 0x1p100f && least(g.scale) > -0x1p100f;
+  b.twice = s.scale_dtype == HAL_F32;
+  return b;
+}
+
+// Groups i .. i + n (at most BATCH of them).
+HAL_INLINE Groups groups_at(const HalShape& s, const HalParams& p, int64_t i, int64_t n) {
+  return groups_of(s, load_n<HAL_F32>(p.amin + i, n), load_n<HAL_F32>(p.amax + i, n),
+                   load_n<HAL_F32>(p.lo + i, n), load_n<HAL_F32>(p.hi + i, n));
+}
+
+// One group of a batch. low, high: MAGIC + the first and the last level, counted from zero.
+struct Grid {
+  vf scale, inverse, zero, low, high;
+  bool usual, twice;
+};
+
+HAL_INLINE Grid grid_of(const Batch& b, int64_t i) {
+  const float zero = b.zero[i];
+  return {set1(b.scale[i]),     set1(b.inverse[i]),           set1(zero),
+          set1(MAGIC - zero), set1(MAGIC + (b.top - zero)), b.usual, b.twice};
+}
+
+// a / scale correctly rounded, for usual scales; NaN if it overflows; less exact for |a| < 2^-100,
+// where remainders are. The product with the reciprocal is corrected by its remainder (Markstein
+// 1990), after which 2^-46 of it may be missing. That decides no rounding where the scale has 11 bits
+// (a quotient is at least 2^-36 of itself away from the middle of two floats); for 24 bits, once more.
+#if HAL_LEVEL >= HAL_LEVEL_AVX2
+HAL_INLINE vf quick_quotient(vf a, const Grid& g, bool twice) {
+  const vf first = mul(a, g.inverse);
+  const vf q = fma(fnma(first, g.scale, a), g.inverse, first);
+  return twice ? fma(fnma(q, g.scale, a), g.inverse, q) : q;
+}
+#endif
+
+HAL_INLINE vf quotient(vf a, const Grid& g) {
+#if HAL_LEVEL >= HAL_LEVEL_AVX2
+  if (g.usual && all_usual(a)) return quick_quotient(a, g, g.twice);
+#endif
+  return div(a, g.scale);
+}
+
+// How to divide: truly, or by so many corrections.
+template <int Corrections>
+struct Way {
+  static const int corrections = Corrections;
+};
+
+// MAGIC + level - zero of 16 weights, without offset; NaN for corrected quotients past the end of f32.
+template <class W>
+HAL_INLINE vf raw_level(vf w, const Grid& g, W) {
+#if HAL_LEVEL >= HAL_LEVEL_AVX2
+  if constexpr (W::corrections != 0) {
+    return add(quick_quotient(w, g, W::corrections == 2), set1(MAGIC));
+  }
+#endif
+  return add(div(w, g.scale), set1(MAGIC));
+}
+
+HAL_INLINE vf clipped(vf raw, const Grid& g) { return min(max(raw, g.low), g.high); }
+
+// Calls body(way to divide) and, if it answers with a NaN, once more with true divisions.
+template <class Body>
+HAL_INLINE void divided(const Batch& b, Body body) {
+#if HAL_LEVEL >= HAL_LEVEL_AVX2
+  if (b.usual && !any_nan(b.twice ? body(Way<2>()) : body(Way<1>()))) return;
+#endif
+  (void)b;
+  body(Way<0>());
 }
 
 struct Levels {
-  vf q, ratio;
+  vf level, ratio;  // MAGIC + q - zero
   vm inside;
 };
 
 // codec.levels of 16 weights.
-HAL_INLINE Levels levels_of(vf w, vf v, vf scale, vf zero, vf top) {
+HAL_INLINE Levels levels_of(vf w, vf v, const Grid& g) {
   Levels l;
-  l.ratio = div(w, scale);
-  const vf raw = add(rne(add(l.ratio, v)), zero);
-  l.q = min(max(raw, set1(0)), top);
-  l.inside = eq(raw, l.q);
+  l.ratio = quotient(w, g);
+  const vf raw = add(add(l.ratio, v), set1(MAGIC));
+  l.level = clipped(raw, g);
+  l.inside = eq(raw, l.level);
   return l;
 }
 
-HAL_INLINE vf top_level(const HalShape& s) { return set1((float)((1 << s.bits) - 1)); }
-
-// Calls body(group index, offset of its first element, elements) for the groups of rows.
+// Calls body(first group, groups) for batches of the groups of some rows.
 template <class Body>
-HAL_INLINE void each_group(const HalShape& s, int64_t row, int64_t end, Body body) {
-  for (int64_t r = row; r < end; r++) {
-    for (int64_t g = 0; g < s.groups; g++) {
-      const int64_t k = g * s.width, left = s.k - k;
-      body(r * s.groups + g, r * s.k + k, left < s.width ? left : s.width);
+HAL_INLINE void each_batch(const HalShape& s, int64_t row, int64_t end, Body body) {
+  const int64_t last = end * s.groups;
+  for (int64_t i = row * s.groups; i < last; i += BATCH) {
+    body(i, last - i < BATCH ? last - i : BATCH);
+  }
+}
+
+// Calls body(j, offset of its first element, elements) for groups first + j, j < count.
+template <class Body>
+HAL_INLINE void each_of(const HalShape& s, int64_t first, int64_t count, Body body) {
+  int64_t r = first / s.groups, g = first % s.groups;
+  for (int64_t j = 0; j < count; j++) {
+    const int64_t k = g * s.width, left = s.k - k;
+    body(j, r * s.k + k, left < s.width ? left : s.width);
+    if (++g == s.groups) {
+      g = 0;
+      r++;
     }
   }
 }
 
-template <int F>
-HAL_INLINE void range_of(const Stored<F>* w, int64_t n, float* amin, float* amax) {
-  vf low = set1(0), high = set1(0);
-  for (int64_t i = 0; i < n; i += 16) {
-    const vf x = load_n<F>(w + i, n - i);
-    low = min(low, x);
-    high = max(high, x);
-  }
-  float a[16], b[16];
-  store<HAL_F32>(a, low);
-  store<HAL_F32>(b, high);
-  for (int i = 1; i < 16; i++) {
-    a[0] = a[i] < a[0] ? a[i] : a[0];
-    b[0] = b[i] > b[0] ? b[i] : b[0];
-  }
-  *amin = a[0];
-  *amax = b[0];
+// Calls body(group, offset of its first element, elements) for the groups of some rows.
+template <class Body>
+HAL_INLINE void each_group(const HalShape& s, int64_t row, int64_t end, Body body) {
+  const int64_t first = row * s.groups;
+  each_of(s, first, end * s.groups - first, [&](int64_t j, int64_t at, int64_t n)
+                                                __attribute__((always_inline)) {
+    body(first + j, at, n);
+  });
 }
 
 template <int F>
-HAL_INLINE float error_of(const Stored<F>* w, const float* importance, int64_t n, const Group& g,
-                          vf top) {
-  const vf scale = set1(g.scale), zero = set1(g.zero);
-  vf sum = set1(0);
-  for (int64_t i = 0; i < n; i += 16) {
-    const vf x = load_n<F>(w + i, n - i);
-    const vf q = levels_of(x, set1(0), scale, zero, top).q;
-    const vf e = sub(mul(scale, sub(q, zero)), x);
-    vf square = mul(e, e);
-    if (importance) square = mul(square, load_n<HAL_F32>(importance + i, n - i));
-    sum = add(sum, square);
+HAL_INLINE void range_of(const Stored<F>* w, int64_t n, float* amin, float* amax) {
+  vf low = set1(0), high = set1(0), low2 = low, high2 = high;
+  int64_t start = 0;
+  for (; start + 32 <= n; start += 32) {  // two chains: a minimum takes four cycles
+    const vf x = load<F>(w + start), y = load<F>(w + start + 16);
+    low = min(low, x);
+    high = max(high, x);
+    low2 = min(low2, y);
+    high2 = max(high2, y);
   }
-  return fold(sum);
+  w += start;
+  each_vector(n - start, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
+    const vf x = load_n<F>(w + i, left);
+    low = min(low, x);
+    high = max(high, x);
+  });
+  *amin = least(min(low, low2));
+  *amax = most(max(high, high2));
+}
+
+// Candidates tried side by side: every weight is read once for all of them.
+#if HAL_LEVEL >= HAL_LEVEL_AVX512
+const int ABREAST = 4;
+#else
+const int ABREAST = 1;
+#endif
+
+// Squared errors of one group with grids first .. first + C of the batch.
+template <int F, int C>
+HAL_INLINE void errors_of(const Stored<F>* w, const float* importance, int64_t n, const Batch& b,
+                          int first, float* errors) {
+  Grid grid[C];
+  for (int c = 0; c < C; c++) grid[c] = grid_of(b, first + c);
+  divided(b, [&](auto way) __attribute__((always_inline)) {
+    vf sum[C], all = set1(0);
+    for (int c = 0; c < C; c++) sum[c] = set1(0);
+    each_vector(n, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
+      const vf x = load_n<F>(w + i, left);
+      const vf weight = importance ? load_n<HAL_F32>(importance + i, left) : set1(1);
+      for (int c = 0; c < C; c++) {
+        const vf raw = raw_level(x, grid[c], way);
+        const vf level = sub(clipped(raw, grid[c]), set1(MAGIC));
+        const vf e = sub(mul(grid[c].scale, level), x), square = mul(e, e);
+        sum[c] = add(sum[c], importance ? mul(square, weight) : square);
+      }
+    });
+    for (int c = 0; c < C; c++) {
+      errors[c] = fold(sum[c]);
+      all = add(all, sum[c]);
+    }
+    return all;
+  });
+}
+
+// The factor of the range [amin, amax] with the least error; the first of equals.
+template <int F>
+HAL_INLINE float best_factor(const HalSearch& a, const Stored<F>* w, const float* importance,
+                             int64_t n, float amin, float amax) {
+  float best = 1, lowest = __builtin_inff();
+  for (int64_t c = 0; c < a.n_factors; c += BATCH) {
+    const int count = (int)(a.n_factors - c < BATCH ? a.n_factors - c : BATCH);
+    const vf f = load_n<HAL_F32>(a.factors + c, count);
+    const Groups g = groups_of(a.s, mul(set1(amin), f), mul(set1(amax), f), set1(1), set1(1));
+    const Batch b = batch_of(a.s, g);
+    float errors[BATCH];
+    int j = 0;
+    for (; j + ABREAST <= count; j += ABREAST) {
+      errors_of<F, ABREAST>(w, importance, n, b, j, errors + j);
+    }
+    for (; j < count; j++) errors_of<F, 1>(w, importance, n, b, j, errors + j);
+    for (j = 0; j < count; j++) {
+      if (errors[j] < lowest) {
+        lowest = errors[j];
+        best = a.factors[c + j];
+      }
+    }
+  }
+  return best;
 }
 
 static void search_rows(const HalSearch* a, int64_t row, int64_t end) {
   by_dtype(a->s.dtype, [&](auto dtype) __attribute__((always_inline)) {
     constexpr int F = decltype(dtype)::value;
-    const Stored<F>* w = (const Stored<F>*)a->w;
-    each_group(a->s, row, end, [&](int64_t g, int64_t at, int64_t n) {
-      float amin, amax, best = 1, least = __builtin_inff();
-      range_of<F>(w + at, n, &amin, &amax);
+    each_group(a->s, row, end, [&](int64_t g, int64_t at, int64_t n)
+                                   __attribute__((always_inline)) {
+      const Stored<F>* w = (const Stored<F>*)a->w + at;
+      float amin, amax;
+      range_of<F>(w, n, &amin, &amax);
       const float* importance = a->importance ? a->importance + at % a->s.k : nullptr;
-      for (int64_t c = 0; c < a->n_factors; c++) {
-        const float f = a->factors[c];
-        const Group group = group_of(a->s, amin * f, amax * f, 1, 1);
-        const float error = error_of<F>(w + at, importance, n, group, top_level(a->s));
-        if (error < least) {
-          least = error;
-          best = f;
-        }
-      }
+      const float best = best_factor<F>(*a, w, importance, n, amin, amax);
       a->amin[g] = amin * best;
       a->amax[g] = amax * best;
     });
+  });
+}
+
+// Calls body(i, level, n) with MAGIC + q - zero of every 16 weights of a group.
+template <int F, class Body>
+HAL_INLINE void each_level(const Stored<F>* w, const float* v, int64_t n, const Batch& b,
+                           const Grid& grid, Body body) {
+  if (v) {
+    each_vector(n, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
+      body(i, levels_of(load_n<F>(w + i, left), load_n<HAL_F32>(v + i, left), grid).level, left);
+    });
+    return;
+  }
+  divided(b, [&](auto way) __attribute__((always_inline)) {
+    vf all = set1(0);
+    each_vector(n, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
+      const vf raw = raw_level(load_n<F>(w + i, left), grid, way);
+      all = add(all, raw);
+      body(i, clipped(raw, grid), left);
+    });
+    return all;
   });
 }
 
@@ -129,15 +302,17 @@ static void qdq_rows(const HalQdq* a, int64_t row, int64_t end) {
     constexpr int F = decltype(dtype)::value;
     const Stored<F>* w = (const Stored<F>*)a->w;
     Stored<F>* out = (Stored<F>*)a->out;
-    const float* v = a->p.v;
-    each_group(a->s, row, end, [&](int64_t g, int64_t at, int64_t n) {
-      const Group group = group_of(a->s, a->p, g);
-      const vf scale = set1(group.scale), zero = set1(group.zero), top = top_level(a->s);
-      for (int64_t i = 0; i < n; i += 16) {
-        const vf offset = v ? load_n<HAL_F32>(v + at + i, n - i) : set1(0);
-        const Levels l = levels_of(load_n<F>(w + at + i, n - i), offset, scale, zero, top);
-        store_n<F>(out + at + i, mul(scale, sub(l.q, zero)), n - i);
-      }
+    each_batch(a->s, row, end, [&](int64_t first, int64_t count) __attribute__((always_inline)) {
+      const Batch b = batch_of(a->s, groups_at(a->s, a->p, first, count));
+      each_of(a->s, first, count, [&](int64_t j, int64_t at, int64_t n)
+                                      __attribute__((always_inline)) {
+        const Grid grid = grid_of(b, j);
+        const float* v = a->p.v ? a->p.v + at : nullptr;
+        each_level<F>(w + at, v, n, b, grid, [&](int64_t i, vf level, int64_t left)
+                                                 __attribute__((always_inline)) {
+          store_normal_n<F>(out + at + i, mul(grid.scale, sub(level, set1(MAGIC))), left);
+        });
+      });
     });
   });
 }
@@ -145,57 +320,69 @@ static void qdq_rows(const HalQdq* a, int64_t row, int64_t end) {
 // The two sums of a group that the range needs: d loss / d scale, and the gradient that clipping
 // sends to the zero point. Moves v on the way.
 template <int F, int H>
-HAL_INLINE void step_sums(const HalStep& a, const Group& group, int64_t at, int64_t n, float* by_q,
+HAL_INLINE void step_sums(const HalStep& a, const Grid& grid, int64_t at, int64_t n, float* by_q,
                           float* clipped) {
   const Stored<F>* w = (const Stored<F>*)a.w + at;
   const Stored<H>* grad = (const Stored<H>*)a.grad + at;
   float* v = a.p.v ? a.p.v + at : nullptr;
-  const vf scale = set1(group.scale), zero = set1(group.zero), top = top_level(a.s), none = set1(0);
-  const vf up = set1(sign(group.scale) * a.lr_v), down = set1(-(sign(group.scale) * a.lr_v));
+  const vf none = set1(0), move = mul(sign(grid.scale), set1(a.lr_v));
   vf sum_q = none, sum_clipped = none;
-  for (int64_t i = 0; i < n; i += 16) {
-    const vf g = load_n<H>(grad + i, n - i);
-    const vf old = v ? load_n<HAL_F32>(v + i, n - i) : none;
-    const Levels l = levels_of(load_n<F>(w + i, n - i), old, scale, zero, top);
-    sum_q = add(sum_q, mul(g, sub(sub(l.q, zero), select(l.inside, l.ratio, none))));
+  each_vector(n, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
+    const vf g = load_n<H>(grad + i, left);
+    const vf old = v ? load_n<HAL_F32>(v + i, left) : none;
+    const Levels l = levels_of(load_n<F>(w + i, left), old, grid);
+    const vf by_scale = minus_if(l.inside, sub(l.level, set1(MAGIC)), l.ratio);
+    sum_q = add(sum_q, mul(g, by_scale));
     sum_clipped = add(sum_clipped, select(l.inside, none, g));
     if (v) {
-      const vf move = select(lt(none, g), up, select(lt(g, none), down, none));
-      store_n<HAL_F32>(v + i, sub(old, select(l.inside, move, none)), n - i);
+      const vf down = minus_if(lt_if(l.inside, none, g), old, move);
+      store_n<HAL_F32>(v + i, plus_if(lt_if(l.inside, g, none), down, move), left);
     }
-  }
+  });
   *by_q = fold(sum_q);
   *clipped = fold(sum_clipped);
 }
 
 // codec.qdq_step_ after the sums: signs of d loss / d lo and d loss / d hi, then the step.
-HAL_INLINE void move_range(const HalStep& a, const Group& g, int64_t i, float by_scale,
-                           float clipped) {
-  const float amin = a.p.amin[i], amax = a.p.amax[i], top = (float)((1 << a.s.bits) - 1);
-  float d_lo, d_hi;
+HAL_INLINE void move_ranges(const HalStep& a, const Groups& g, int64_t i, int64_t n, vf by_scale,
+                            vf clipped) {
+  const vf amin = load_n<HAL_F32>(a.p.amin + i, n), amax = load_n<HAL_F32>(a.p.amax + i, n);
+  const vf none = set1(0), top = set1((float)((1 << a.s.bits) - 1));
+  vf d_lo, d_hi;
   if (a.s.symmetric) {
-    by_scale = g.floored ? 0 : by_scale;
-    d_lo = (g.high < g.low ? by_scale : g.high == g.low ? -by_scale : 0) * -amin;
-    d_hi = (g.high < g.low ? 0 : -by_scale) * amax;
+    by_scale = select(g.floored, none, by_scale);
+    const vf less = negative(by_scale);
+    const vm below = lt(g.high, g.low);
+    const vf of_low = select(below, by_scale, select(eq(g.high, g.low), less, none));
+    d_lo = mul(of_low, negative(amin));
+    d_hi = mul(select(below, none, less), amax);
   } else {
-    const float by_zero = -(g.scale * clipped);
-    by_scale = g.floored ? 0 : by_scale - by_zero * (g.low / (g.scale * g.scale));
-    d_lo = -amin * by_scale / top - by_zero * amin / g.scale;
-    d_hi = amax * by_scale / top;
+    const vf by_zero = negative(mul(g.scale, clipped));
+    const vf through_zero = mul(by_zero, div(g.low, mul(g.scale, g.scale)));
+    by_scale = select(g.floored, none, sub(by_scale, through_zero));
+    d_lo = sub(div(mul(negative(amin), by_scale), top), div(mul(by_zero, amin), g.scale));
+    d_hi = div(mul(amax, by_scale), top);
   }
-  a.p.lo[i] = clamped(a.p.lo[i] - sign(d_lo) * a.lr_range, 0, 1);
-  a.p.hi[i] = clamped(a.p.hi[i] - sign(d_hi) * a.lr_range, 0, 1);
+  const vf lr = set1(a.lr_range), one = set1(1);
+  const vf lo = sub(load_n<HAL_F32>(a.p.lo + i, n), mul(sign(d_lo), lr));
+  const vf hi = sub(load_n<HAL_F32>(a.p.hi + i, n), mul(sign(d_hi), lr));
+  store_n<HAL_F32>(a.p.lo + i, clamped(lo, none, one), n);
+  store_n<HAL_F32>(a.p.hi + i, clamped(hi, none, one), n);
 }
 
 static void step_rows(const HalStep* a, int64_t row, int64_t end) {
   by_dtype(a->s.dtype, [&](auto dtype) __attribute__((always_inline)) {
     by_dtype(a->grad_dtype, [&](auto grad) __attribute__((always_inline)) {
-      each_group(a->s, row, end, [&](int64_t g, int64_t at, int64_t n) {
-        const Group group = group_of(a->s, a->p, g);
-        float by_q, clipped;
-        step_sums<decltype(dtype)::value, decltype(grad)::value>(*a, group, at, n, &by_q,
-                                                                 &clipped);
-        move_range(*a, group, g, by_q, clipped);
+      each_batch(a->s, row, end, [&](int64_t first, int64_t count) __attribute__((always_inline)) {
+        const Groups groups = groups_at(a->s, a->p, first, count);
+        const Batch b = batch_of(a->s, groups);
+        alignas(64) float by_q[BATCH] = {}, clipped[BATCH] = {};
+        each_of(a->s, first, count, [&](int64_t j, int64_t at, int64_t n)
+                                        __attribute__((always_inline)) {
+          step_sums<decltype(dtype)::value, decltype(grad)::value>(*a, grid_of(b, j), at, n,
+                                                                   by_q + j, clipped + j);
+        });
+        move_ranges(*a, groups, first, count, load<HAL_F32>(by_q), load<HAL_F32>(clipped));
       });
     });
   });
@@ -205,32 +392,48 @@ static void quantize_rows(const HalPlain* a, int64_t row, int64_t end) {
   by_dtype(a->s.dtype, [&](auto dtype) __attribute__((always_inline)) {
     constexpr int F = decltype(dtype)::value;
     const Stored<F>* w = (const Stored<F>*)a->w;
-    const float* v = a->p.v;
-    each_group(a->s, row, end, [&](int64_t g, int64_t at, int64_t n) {
-      const Group group = group_of(a->s, a->p, g);
-      const vf scale = set1(group.scale), zero = set1(group.zero), top = top_level(a->s);
-      for (int64_t i = 0; i < n; i += 16) {
-        const vf offset = v ? load_n<HAL_F32>(v + at + i, n - i) : set1(0);
-        const Levels l = levels_of(load_n<F>(w + at + i, n - i), offset, scale, zero, top);
-        store_codes_n(a->codes + at + i, l.q, n - i);
-      }
-      store_float(a->scale, g, group.scale, a->s.scale_dtype);
-      if (a->zero) a->zero[g] = (uint8_t)group.zero;
+    each_batch(a->s, row, end, [&](int64_t first, int64_t count) __attribute__((always_inline)) {
+      const Batch b = batch_of(a->s, groups_at(a->s, a->p, first, count));
+      each_of(a->s, first, count, [&](int64_t j, int64_t at, int64_t n)
+                                      __attribute__((always_inline)) {
+        const Grid grid = grid_of(b, j);
+        const float* v = a->p.v ? a->p.v + at : nullptr;
+        each_level<F>(w + at, v, n, b, grid, [&](int64_t i, vf level, int64_t left)
+                                                 __attribute__((always_inline)) {
+          store_low_bytes_n(a->codes + at + i, add(level, grid.zero), left);
+        });
+        store_float(a->scale, first + j, b.scale[j], a->s.scale_dtype);
+        if (a->zero) a->zero[first + j] = (uint8_t)b.zero[j];
+      });
     });
   });
+}
+
+// Scales this small come from files only: ours have a floor.
+HAL_INLINE bool any_subnormal(vf scale) {
+  const vf size = max(scale, negative(scale));
+  return least(select(lt(set1(0), size), size, set1(1))) < 0x1p-126f;
 }
 
 static void dequantize_rows(const HalPlain* a, int64_t row, int64_t end) {
   by_dtype(a->s.dtype, [&](auto dtype) __attribute__((always_inline)) {
     constexpr int F = decltype(dtype)::value;
     Stored<F>* out = (Stored<F>*)a->out;
-    each_group(a->s, row, end, [&](int64_t g, int64_t at, int64_t n) {
-      const vf scale = set1(first(load_any(a->scale, g, 1, a->s.scale_dtype)));
-      const vf zero = set1(a->zero ? (float)a->zero[g] : (float)(1 << (a->s.bits - 1)));
-      for (int64_t i = 0; i < n; i += 16) {
-        const vf q = load_codes_n(a->codes + at + i, n - i);
-        store_n<F>(out + at + i, mul(scale, sub(q, zero)), n - i);
-      }
+    each_batch(a->s, row, end, [&](int64_t first, int64_t count) __attribute__((always_inline)) {
+      const vf some = load_any(a->scale, first, count, a->s.scale_dtype);
+      alignas(64) float scales[BATCH];
+      store<HAL_F32>(scales, some);
+      const bool normal = !any_subnormal(some);
+      each_of(a->s, first, count, [&](int64_t j, int64_t at, int64_t n)
+                                      __attribute__((always_inline)) {
+        const vf scale = set1(scales[j]);
+        const vf zero = set1(a->zero ? (float)a->zero[first + j] : (float)(1 << (a->s.bits - 1)));
+        each_vector(n, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
+          const vf x = mul(scale, sub(load_codes_n(a->codes + at + i, left), zero));
+          if (normal) store_normal_n<F>(out + at + i, x, left);
+          else store_n<F>(out + at + i, x, left);
+        });
+      });
     });
   });
 }
@@ -239,12 +442,14 @@ static void dequantize_rows(const HalPlain* a, int64_t row, int64_t end) {
 template <int F>
 HAL_INLINE void act_codes(const Stored<F>* x, int64_t n, float scale, int8_t* codes) {
   uint8_t* out = (uint8_t*)codes;
-  for (int64_t i = 0; i < n; i += 16) {
-    const vf q = rne(div(load_n<F>(x + i, n - i), set1(scale)));
-    const vf level = add(min(max(q, set1(-127)), set1(127)), set1(128));
-    store_codes_n(out + i, level, n - i);
-  }
-  for (int64_t i = 0; i < n; i++) out[i] ^= 128;
+  const bool usual = scale > 0x1p-100f && scale < 0x1p100f;
+  const Batch b = {{scale}, {1 / scale}, {0}, 127, usual, true};
+  Grid grid = grid_of(b, 0);
+  grid.low = set1(MAGIC - 127);
+  each_level<F>(x, nullptr, n, b, grid, [&](int64_t i, vf level, int64_t left)
+                                            __attribute__((always_inline)) {
+    store_low_bytes_n(out + i, level, left);
+  });
 }
 
 template <int F>

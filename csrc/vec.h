@@ -54,14 +54,26 @@ HAL_INLINE vf sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
 HAL_INLINE vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 HAL_INLINE vf div(vf a, vf b) { return _mm512_div_ps(a, b); }
 HAL_INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+HAL_INLINE vf fnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a * b
 HAL_INLINE vf min(vf a, vf b) { return _mm512_min_ps(a, b); }
 HAL_INLINE vf max(vf a, vf b) { return _mm512_max_ps(a, b); }
 HAL_INLINE vf rne(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | 8); }
 HAL_INLINE vm lt(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 HAL_INLINE vm eq(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
-HAL_INLINE vm both(vm a, vm b) { return a & b; }
+HAL_INLINE bool any_nan(vf a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
 HAL_INLINE vf select(vm m, vf a, vf b) { return _mm512_mask_blend_ps(m, b, a); }
 HAL_INLINE float first(vf a) { return _mm512_cvtss_f32(a); }
+HAL_INLINE vf minus_if(vm m, vf a, vf b) { return _mm512_mask_sub_ps(a, m, a, b); }
+HAL_INLINE vf plus_if(vm m, vf a, vf b) { return _mm512_mask_add_ps(a, m, a, b); }
+HAL_INLINE vm lt_if(vm m, vf a, vf b) { return _mm512_mask_cmp_ps_mask(m, a, b, _CMP_LT_OQ); }
+HAL_INLINE float least(vf a) { return _mm512_reduce_min_ps(a); }
+HAL_INLINE float most(vf a) { return _mm512_reduce_max_ps(a); }
+// All |a| in [2^-100, 2^100).
+HAL_INLINE bool all_usual(vf a) {
+  const __m512i size = _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff));
+  const __m512i above = _mm512_sub_epi32(size, _mm512_set1_epi32(27 << 23));
+  return !_mm512_cmp_epu32_mask(above, _mm512_set1_epi32(200 << 23), _MM_CMPINT_NLT);
+}
 
 HAL_INLINE __m256i to_half(vf a, int f) {
   if (f == HAL_F16) return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | 8);
@@ -96,6 +108,9 @@ HAL_INLINE vf load_codes(const uint8_t* p) {
 HAL_INLINE void store_codes(uint8_t* p, vf a) {
   _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a)));
 }
+HAL_INLINE void store_low_bytes(uint8_t* p, vf a) {
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_castps_si512(a)));
+}
 
 HAL_INLINE __m256 halves_added(vf a) {
   return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
@@ -124,6 +139,9 @@ HAL_INLINE vf set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 HAL_INLINE vf fma(vf x, vf y, vf z) {
   return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
 }
+HAL_INLINE vf fnma(vf x, vf y, vf z) {
+  return {_mm256_fnmadd_ps(x.a, y.a, z.a), _mm256_fnmadd_ps(x.b, y.b, z.b)};
+}
 HAL_INLINE vf rne(vf x) {
   return {_mm256_round_ps(x.a, _MM_FROUND_TO_NEAREST_INT | 8),
           _mm256_round_ps(x.b, _MM_FROUND_TO_NEAREST_INT | 8)};
@@ -134,11 +152,41 @@ HAL_INLINE vm lt(vf x, vf y) {
 HAL_INLINE vm eq(vf x, vf y) {
   return {_mm256_cmp_ps(x.a, y.a, _CMP_EQ_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_EQ_OQ)};
 }
+HAL_INLINE bool any_nan(vf x) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(x.a, x.b, _CMP_UNORD_Q));
+}
 HAL_INLINE vm both(vm x, vm y) { return {_mm256_and_ps(x.a, y.a), _mm256_and_ps(x.b, y.b)}; }
 HAL_INLINE vf select(vm m, vf x, vf y) {
   return {_mm256_blendv_ps(y.a, x.a, m.a), _mm256_blendv_ps(y.b, x.b, m.b)};
 }
 HAL_INLINE float first(vf x) { return _mm256_cvtss_f32(x.a); }
+HAL_INLINE vf minus_if(vm m, vf x, vf y) {
+  return {_mm256_sub_ps(x.a, _mm256_and_ps(m.a, y.a)), _mm256_sub_ps(x.b, _mm256_and_ps(m.b, y.b))};
+}
+HAL_INLINE vf plus_if(vm m, vf x, vf y) {
+  return {_mm256_add_ps(x.a, _mm256_and_ps(m.a, y.a)), _mm256_add_ps(x.b, _mm256_and_ps(m.b, y.b))};
+}
+HAL_INLINE vm lt_if(vm m, vf x, vf y) { return both(m, lt(x, y)); }
+HAL_INLINE float least(vf x) {
+  const __m256 h = _mm256_min_ps(x.a, x.b);
+  __m128 q = _mm_min_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_min_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_min_ss(q, _mm_movehdup_ps(q)));
+}
+HAL_INLINE float most(vf x) {
+  const __m256 h = _mm256_max_ps(x.a, x.b);
+  __m128 q = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
+}
+HAL_INLINE bool all_usual(vf x) {
+  const __m256 size = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  const __m256 a = _mm256_and_ps(x.a, size), b = _mm256_and_ps(x.b, size);
+  const __m256 low = _mm256_min_ps(a, b), high = _mm256_max_ps(a, b);
+  const __m256 in = _mm256_and_ps(_mm256_cmp_ps(low, _mm256_set1_ps(0x1p-100f), _CMP_GE_OQ),
+                                  _mm256_cmp_ps(high, _mm256_set1_ps(0x1p100f), _CMP_LT_OQ));
+  return _mm256_movemask_ps(in) == 255;
+}
 
 HAL_INLINE __m256i bf16_words(__m256 a) {
   const __m256i u = _mm256_castps_si256(a);
@@ -191,6 +239,15 @@ HAL_INLINE void store_codes(uint8_t* p, vf x) {
                                                  _mm256_extracti128_si256(w, 1)));
 }
 
+HAL_INLINE void store_low_bytes(uint8_t* p, vf x) {
+  const __m256i byte = _mm256_set1_epi32(255);
+  const __m256i w = _mm256_permute4x64_epi64(
+      _mm256_packus_epi32(_mm256_and_si256(_mm256_castps_si256(x.a), byte),
+                          _mm256_and_si256(_mm256_castps_si256(x.b), byte)), 0xd8);
+  _mm_storeu_si128((__m128i*)p, _mm_packus_epi16(_mm256_castsi256_si128(w),
+                                                 _mm256_extracti128_si256(w, 1)));
+}
+
 HAL_INLINE __m256 halves_added(vf x) { return _mm256_add_ps(x.a, x.b); }
 
 #else
@@ -207,11 +264,23 @@ HAL_INLINE vf div(vf a, vf b) { return a / b; }
 HAL_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
 HAL_INLINE vm lt(vf a, vf b) { return a < b; }
 HAL_INLINE vm eq(vf a, vf b) { return a == b; }
-HAL_INLINE vm both(vm a, vm b) { return a & b; }
 HAL_INLINE vf select(vm m, vf a, vf b) { return m ? a : b; }
 HAL_INLINE vf min(vf a, vf b) { return select(a < b, a, b); }
 HAL_INLINE vf max(vf a, vf b) { return select(a > b, a, b); }
 HAL_INLINE float first(vf a) { return a[0]; }
+HAL_INLINE vf minus_if(vm m, vf a, vf b) { return a - (vf)((vi)b & m); }
+HAL_INLINE vf plus_if(vm m, vf a, vf b) { return a + (vf)((vi)b & m); }
+HAL_INLINE vm lt_if(vm m, vf a, vf b) { return m & (a < b); }
+HAL_INLINE float least(vf x) {
+  float y = x[0];
+  for (int i = 1; i < 16; i++) y = x[i] < y ? x[i] : y;
+  return y;
+}
+HAL_INLINE float most(vf x) {
+  float y = x[0];
+  for (int i = 1; i < 16; i++) y = x[i] > y ? x[i] : y;
+  return y;
+}
 
 // Below 2^23 adding and taking away 2^23 rounds to an integer, half to even; above, x is one.
 HAL_INLINE vf rne(vf x) {
@@ -276,6 +345,10 @@ HAL_INLINE vf load_codes(const uint8_t* p) {
 HAL_INLINE void store_codes(uint8_t* p, vf x) {
   for (int i = 0; i < 16; i++) p[i] = (uint8_t)(int32_t)x[i];
 }
+HAL_INLINE void store_low_bytes(uint8_t* p, vf x) {
+  const vi bits = (vi)x;
+  for (int i = 0; i < 16; i++) p[i] = (uint8_t)bits[i];
+}
 
 #endif
 
@@ -296,6 +369,15 @@ HAL_INLINE float fold(vf x) {
 #endif
 }
 
+// Calls body(i, n) for 16 elements at a time, then for the n < 16 that are left. Two copies of the
+// body: a short tail copies memory by calls, and around a call no vector stays in a register.
+template <class Body>
+HAL_INLINE void each_vector(int64_t n, Body body) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) body(i, (int64_t)16);
+  if (i < n) body(i, n - i);
+}
+
 // The first n < 16 elements, the other lanes zero.
 template <int F>
 HAL_INLINE vf load_n(const Stored<F>* p, int64_t n) {
@@ -313,6 +395,19 @@ HAL_INLINE void store_n(Stored<F>* p, vf x, int64_t n) {
   for (int64_t i = 0; i < n; i++) p[i] = part[i];
 }
 
+// store_n of numbers none of which is subnormal: the instruction takes those for zero.
+template <int F>
+HAL_INLINE void store_normal_n(Stored<F>* p, vf x, int64_t n) {
+#if HAL_LEVEL >= HAL_LEVEL_AVX512VNNI
+  if constexpr (F == HAL_BF16) {
+    const __m256i h = (__m256i)_mm512_cvtneps_pbh(x);
+    if (n >= 16) return _mm256_storeu_si256((__m256i*)p, h);
+    return _mm256_mask_storeu_epi16(p, (__mmask16)((1 << n) - 1), h);
+  }
+#endif
+  store_n<F>(p, x, n);
+}
+
 HAL_INLINE vf load_codes_n(const uint8_t* p, int64_t n) {
   if (n >= 16) return load_codes(p);
   uint8_t part[16] = {};
@@ -320,23 +415,23 @@ HAL_INLINE vf load_codes_n(const uint8_t* p, int64_t n) {
   return load_codes(part);
 }
 
-HAL_INLINE void store_codes_n(uint8_t* p, vf x, int64_t n) {
-  if (n >= 16) return store_codes(p, x);
+HAL_INLINE void store_low_bytes_n(uint8_t* p, vf x, int64_t n) {
+  if (n >= 16) return store_low_bytes(p, x);
   uint8_t part[16];
-  store_codes(part, x);
+  store_low_bytes(part, x);
   for (int64_t i = 0; i < n; i++) p[i] = part[i];
 }
 
 // x after a round trip through a storage dtype.
-HAL_INLINE float rounded(float x, int f) {
+HAL_INLINE vf rounded(vf x, int f) {
   if (f == HAL_F32) return x;
   uint16_t h[16];
   if (f == HAL_BF16) {
-    store<HAL_BF16>(h, set1(x));
-    return first(load<HAL_BF16>(h));
+    store<HAL_BF16>(h, x);
+    return load<HAL_BF16>(h);
   }
-  store<HAL_F16>(h, set1(x));
-  return first(load<HAL_F16>(h));
+  store<HAL_F16>(h, x);
+  return load<HAL_F16>(h);
 }
 
 HAL_INLINE void store_float(void* p, int64_t i, float x, int f) {
