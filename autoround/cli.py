@@ -25,6 +25,11 @@ app = typer.Typer(
 )
 
 
+class Compute(StrEnum):
+    exact = "exact"
+    fast = "fast"
+
+
 class Listing(StrEnum):
     schemes = "schemes"
     formats = "formats"
@@ -157,6 +162,9 @@ def evaluate(
     device_map: Annotated[
         str | None, _option("Device to run on. [the first]", "--device-map", "--device_map")
     ] = None,
+    compute: Annotated[
+        Compute, typer.Option(help="exact, or fast: activations in 8 bits where that is faster.")
+    ] = Compute.exact,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Compare a quantized model with its float self: perplexity, KL, agreement, speed."""
@@ -172,11 +180,39 @@ def evaluate(
         nsamples=nsamples,
         seqlen=seqlen,
         device_map=device_map,
+        compute=compute.value,
     )
     if json_output:
         typer.echo(json.dumps(result.to_json()))
     else:
         _console(False).print(evaluation_table(result))
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Directory of a model, quantized or not.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from stdin.")],
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "--max_new_tokens", min=1, help="At most so many.")
+    ] = 128,
+    compute: Annotated[
+        Compute, typer.Option(help="exact, or fast: activations in 8 bits where that is faster.")
+    ] = Compute.exact,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the random choice.")] = 0,
+    device_map: Annotated[
+        str | None, _option("Device to run on. [the first]", "--device-map", "--device_map")
+    ] = None,
+) -> None:
+    """Continue a text; the tokens a second go to stderr."""
+    from autoround import generation
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    writer = generation.Writer(model, compute=compute.value, device_map=device_map)
+    for piece in writer.write(text, max_new_tokens, temperature=temperature, seed=seed):
+        typer.echo(piece, nl=False)
+    typer.echo()
+    typer.echo(writer.report, err=True)
 
 
 @app.command(name="list")

@@ -2,7 +2,7 @@
 """What quantization cost: perplexity, divergence from the float model, speed of decoding."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from autoround.calib import load_tokens, pack
+from autoround.decoder import Plain, decoder
 from autoround.errors import InputError
 from autoround.loading import load
 from autoround.models import resolve
@@ -42,6 +43,7 @@ class Evaluation:
     """A directory against its float model. Bytes are of all weights; speeds are tokens a second.
 
     ``comparison`` for language models; ``cosine`` (mean of sentence embeddings) for encoders.
+    ``compute``: how the products were computed, in the comparison and in the speed.
     """
 
     model: str
@@ -54,6 +56,7 @@ class Evaluation:
     cosine: float | None
     speed: float | None
     float_speed: float | None
+    compute: str
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,13 +70,19 @@ def evaluate(
     nsamples: int = 32,
     seqlen: int = 512,
     device_map: str | None = None,
+    compute: str = "exact",
 ) -> Evaluation:
-    """Load both, run both on the same held-out text. Raises InputError for unusable input."""
+    """Load both, run both on the same held-out text. Raises InputError for unusable input.
+
+    With ``compute`` fast the text goes through the quantized model token by token, four samples
+    together, as in decoding: products of many rows would be exact whatever was asked for.
+    """
     where, source = resolve(model), resolve(against)
     tokenizer = load_tokenizer(source)
     if tokenizer is None:
         raise InputError(f"{against} has no tokenizer that loads; evaluation needs one")
-    quantized, reference = (load(p, device_map=device_map) for p in (where, source))
+    quantized = load(where, device_map=device_map, compute=compute)
+    reference = load(source, device_map=device_map)
     weights = [w for m in quantized.modules() for w in _weights(m)]
     facts = (
         model,
@@ -88,13 +97,13 @@ def evaluate(
             raise InputError("encoders are compared on the bundled sentences; leave --dataset out")
         batches = _tokenized(tokenizer, _sentences(pack.heldout()), nsamples)
         cosine = embedding_cosine(quantized, reference, batches)
-        return Evaluation(*facts, None, float(cosine.mean()), None, None)
+        return Evaluation(*facts, None, float(cosine.mean()), None, None, compute)
     seqlen = min(seqlen, reference.config.get_text_config().max_position_embeddings)
     text = pack.heldout() if dataset is None else dataset
     ids = load_tokens(text, tokenizer, nsamples=nsamples, seqlen=seqlen, seed=0).ids
-    comparison = compare(quantized, reference, ids)
+    comparison = compare(quantized, reference, ids, stepwise=compute == "fast")
     speed, float_speed = decode_speed([quantized, reference], ids[:1, : seqlen // 2])
-    return Evaluation(*facts, comparison, None, speed, float_speed)
+    return Evaluation(*facts, comparison, None, speed, float_speed, compute)
 
 
 def _weights(module: Any) -> list[Weight]:
@@ -126,14 +135,20 @@ def _tokenized(tokenizer: Any, texts: list[str], count: int) -> Iterator[dict[st
 
 
 @torch.inference_mode()
-def compare(model: Any, reference: Any, ids: Tensor, batch_size: int = 4) -> Comparison:
-    """Run both causal language models over ``ids [S, L]``; logits are compared in f32."""
+def compare(
+    model: Any, reference: Any, ids: Tensor, batch_size: int = 4, *, stepwise: bool = False
+) -> Comparison:
+    """Run both causal language models over ``ids [S, L]``; logits are compared in f32.
+
+    ``stepwise``: ``model`` sees one token of each sample at a time, as in decoding.
+    """
     losses: list[Tensor] = []
     kls: list[Tensor] = []
     same: list[Tensor] = []
     for batch in torch.split(ids, batch_size):
         target = batch[:, 1:].flatten()
-        p, q = (_log_probabilities(m, batch) for m in (reference, model))
+        p = _log_probabilities(reference, batch)
+        q = (_stepwise if stepwise else _log_probabilities)(model, batch)
         kls.append((p.exp() * (p - q)).sum(-1))
         same.append((p.argmax(-1) == q.argmax(-1)).float())
         losses.append(torch.stack([F.nll_loss(x, target, reduction="none") for x in (p, q)]))
@@ -157,6 +172,16 @@ def _log_probabilities(model: Any, batch: Tensor) -> Tensor:
     return F.log_softmax(logits.float().cpu(), -1).flatten(0, 1)
 
 
+def _stepwise(model: Any, batch: Tensor) -> Tensor:
+    """`_log_probabilities`, computed as decoding does: a token of each sample after another."""
+    cache, steps = None, []
+    for token in torch.split(batch.to(model.device)[:, :-1], 1, 1):
+        out = model(input_ids=token, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        steps.append(F.log_softmax(out.logits.float().cpu(), -1))
+    return torch.cat(steps, 1).flatten(0, 1)
+
+
 @torch.inference_mode()
 def embedding_cosine(model: Any, reference: Any, batches: Iterator[dict[str, Tensor]]) -> Tensor:
     """Cosine between mean-pooled sentence embeddings of two encoders, one per sentence ``[S]``.
@@ -178,14 +203,30 @@ def embedding_cosine(model: Any, reference: Any, batches: Iterator[dict[str, Ten
 def decode_speed(
     models: list[Any], prompt: Tensor, steps: int = 32, rounds: int = 5
 ) -> list[float]:
-    """Tokens per second of greedy decoding after ``prompt [1, L]``; the models take turns."""
+    """Tokens per second of greedy decoding after ``prompt [1, L]``; the models take turns.
+
+    A model with quantized layers decodes as `autoround generate` does where it can
+    (`autoround.decoder`), the others in transformers.
+    """
+    runs = [_steps(model, prompt.to(model.device), steps) for model in models]
     rates: list[list[float]] = [[] for _ in models]
     for _ in range(rounds):
-        for model, rate in zip(models, rates, strict=True):
-            out = model(input_ids=prompt.to(model.device), use_cache=True)
-            started = time.perf_counter()
-            for _ in range(steps):
-                token = out.logits[:, -1:].argmax(-1)
-                out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
-            rate.append(steps / (time.perf_counter() - started))
+        for run, rate in zip(runs, rates, strict=True):
+            rate.append(run())
     return [median(rate) for rate in rates]
+
+
+def _steps(model: Any, prompt: Tensor, steps: int) -> Callable[[], float]:
+    """Decodes after the prompt anew at each call; tokens a second without the prompt."""
+    own = any(map(_weights, model.modules()))
+    running = decoder(model, prompt.shape[1] + steps) if own else Plain(model)
+
+    def run() -> float:
+        running.rewind()
+        logits = running.extend(prompt[0])
+        started = time.perf_counter()
+        for _ in range(steps):
+            logits = running.extend(logits.argmax(keepdim=True))
+        return steps / (time.perf_counter() - started)
+
+    return run

@@ -101,6 +101,7 @@ def evaluation_table(result: Evaluation) -> Table:
     table.add_row("weights", _bytes(result.float_nbytes), _bytes(result.nbytes))
     table.add_row("layers on hal.qgemm", "", str(result.quantized_layers))
     table.add_row("bits a weight", "", f"{result.bits_per_weight:.3f}")
+    table.add_row("products", "", result.compute)
     if c := result.comparison:
         table.add_row("perplexity", f"{c.float_perplexity:.4f}", f"{c.perplexity:.4f}")
         table.add_row("KL, mean", "", f"{c.kl:.5f}")

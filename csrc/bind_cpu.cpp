@@ -126,6 +126,39 @@ void* scratch(int64_t bytes) {
   return memory.get();
 }
 
+void norm(int isa, int64_t m, int64_t k, int dtype, Address x, Address more, Address weight,
+          float eps, Address out, int threads) {
+  const HalNorm a = {k, dtype, eps, at(x), at(more), at(weight), at(out)};
+  run(table(isa).norm, a, m, m * k, threads);
+}
+
+void gate(int isa, int64_t m, int64_t n, int dtype, Address x, Address out, int threads) {
+  const HalGate a = {n, dtype, at(x), at(out)};
+  run(table(isa).gate, a, m, m * n * 8, threads);
+}
+
+// What stays the same from token to token in the attention of one layer.
+struct Attention {
+  HalAttend a;
+
+  Attention(int64_t heads, int64_t kv_heads, int64_t dim, int64_t length, int dtype, float eps,
+            float scale, Address q_norm, Address k_norm, Address cos, Address sin, Address keys,
+            Address values)
+      : a{0,          heads,      kv_heads, dim,     0,        length,     dtype,   eps,    scale,
+          nullptr,    at(q_norm), at(k_norm), at(cos), at(sin), at(keys), at(values), nullptr,
+          nullptr} {}
+
+  void attend(int isa, Address qkv, int64_t m, int64_t position, Address out, int threads) const {
+    HalAttend b = a;
+    b.m = m;
+    b.at = position;
+    b.qkv = at(qkv);
+    b.out = at(out);
+    b.scores = static_cast<float*>(scratch(a.kv_heads * 4 * a.length * 4));
+    run(table(isa).attend, b, a.kv_heads, m * a.heads * (position + m) * a.dim * 2, threads);
+  }
+};
+
 // A weight in tiles. The tensors behind the addresses belong to the hal.Weight that owns this.
 struct Tiles {
   HalTiles t;
@@ -233,6 +266,12 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("repack", repack);
   m.def("probe_read", probe_read);
   m.def("probe_peak", probe_peak);
+  m.def("norm", norm);
+  m.def("gate", gate);
+  py::class_<Attention>(m, "Attention")
+      .def(py::init<int64_t, int64_t, int64_t, int64_t, int, float, float, Address, Address,
+                    Address, Address, Address, Address>())
+      .def("attend", &Attention::attend);
   py::class_<Tiles>(m, "Tiles")
       .def(py::init<const HalShape&, Address, Address, Address>())
       .def("code_bytes", &Tiles::code_bytes)

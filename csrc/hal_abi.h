@@ -107,6 +107,40 @@ struct HalSlab {
   int64_t ld;
 };
 
+// Rows x [., k] += more (where given), then their root mean square norm, times weight [k].
+struct HalNorm {
+  int64_t k;
+  int32_t dtype;
+  float eps;
+  void* x;
+  const void* more;
+  const void* weight;
+  void* out;
+};
+
+// silu(gate) * up of rows [gate | up], n columns each.
+struct HalGate {
+  int64_t n;
+  int32_t dtype;
+  const void* x;
+  void* out;
+};
+
+// Attention of m new rows, at positions at .. at + m, to themselves and all before them. Their keys
+// and values enter the cache first. length is a multiple of 32, dim of 32 and at most 256.
+struct HalAttend {
+  int64_t m, heads, kv_heads, dim, at, length;
+  int32_t dtype;
+  float eps, scale;
+  const void* qkv;              // [m, heads + 2 kv_heads, dim]
+  const void *q_norm, *k_norm;  // [dim] or null
+  const void *cos, *sin;        // [length, dim]
+  void* keys;                   // [kv_heads, length / 32, dim, 32]
+  void* values;                 // [kv_heads, length, dim]
+  void* out;                    // [m, heads, dim]
+  float* scores;                // scratch [kv_heads, 4, length]
+};
+
 // Memory for the read probe: units of 16 KB.
 struct HalProbe {
   const uint8_t* data;
@@ -128,6 +162,9 @@ struct HalTable {
   int64_t (*prepared_bytes)(const HalGemm*);
   void (*prepare_x)(const HalGemm*, int64_t row, int64_t end);
   void (*gemm)(const HalGemm*, int64_t tile, int64_t end);  // tiles that overlap first .. first + n
+  void (*norm)(const HalNorm*, int64_t row, int64_t end);
+  void (*gate)(const HalGate*, int64_t row, int64_t end);
+  void (*attend)(const HalAttend*, int64_t kv_head, int64_t end);
   void (*read)(const HalProbe*, int64_t unit, int64_t end);
   void (*peak)(const HalProbe*, int64_t unit, int64_t end);
   int64_t peak_ops;  // of one unit

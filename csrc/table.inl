@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Included last by each isa_*.cpp: HAL_LEVEL and HAL_TABLE_NAME are set.
+#include "block_ops.h"
 #include "gemm.h"
 #include "pack_ops.h"
 #include "probe.h"
@@ -25,6 +26,9 @@ extern const HalTable HAL_SYMBOL(HAL_TABLE_NAME) = {
     prepared_size,
     prepare_rows,
     gemm_tiles,
+    norm_rows,
+    gate_rows,
+    attend_heads,
     read_units,
     peak_units,
     PEAK_OPS,

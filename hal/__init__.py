@@ -2,11 +2,13 @@
 """Device layer: uniform quantize, pack and dequant-GEMM verbs over swappable kernels."""
 
 from hal import compile as _operators  # noqa: F401 (registers them)
+from hal.block import Attention, BlockOps, block_ops
 from hal.device import Device, devices
 from hal.nn import QExperts, QLinear
 from hal.ops import (
     dequantize,
     describe,
+    join,
     pack,
     prepare,
     qdq,
@@ -26,6 +28,8 @@ from hal.spec import Act, Spec
 
 __all__ = [
     "Act",
+    "Attention",
+    "BlockOps",
     "Caps",
     "Case",
     "Device",
@@ -38,10 +42,12 @@ __all__ = [
     "Spec",
     "Unsupported",
     "Weight",
+    "block_ops",
     "dequantize",
     "describe",
     "devices",
     "explain",
+    "join",
     "pack",
     "prepare",
     "qdq",

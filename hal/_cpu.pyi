@@ -62,6 +62,42 @@ def dequantize(
 def repack(
     isa: int, pack: bool, shape: Shape, layout: int, codes: int, words: int, threads: int, /
 ) -> None: ...
+def norm(
+    isa: int,
+    m: int,
+    k: int,
+    dtype: int,
+    x: int,
+    more: int,
+    weight: int,
+    eps: float,
+    out: int,
+    threads: int,
+    /,
+) -> None: ...
+def gate(isa: int, m: int, n: int, dtype: int, x: int, out: int, threads: int, /) -> None: ...
+
+class Attention:
+    def __init__(
+        self,
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        length: int,
+        dtype: int,
+        eps: float,
+        scale: float,
+        q_norm: int,
+        k_norm: int,
+        cos: int,
+        sin: int,
+        keys: int,
+        values: int,
+        /,
+    ) -> None: ...
+    def attend(
+        self, isa: int, qkv: int, m: int, position: int, out: int, threads: int, /
+    ) -> None: ...
 
 class Tiles:
     def __init__(self, shape: Shape, codes: int, scale: int, zero: int, /) -> None: ...

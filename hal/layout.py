@@ -144,18 +144,21 @@ class Layout:
 
     ``fits(spec, N, K)`` answers None or the reason it cannot hold them; ``pack(plain, spec)``;
     ``unpack(parts, spec, (N, K))``. Native layouts of a backend are rows of the same kind.
+    ``rows``: how many rows of the weight stay together, so that parts of two weights put one after
+    the other are the parts of the joined weight; 0 = that does not hold.
     """
 
     name: str
     fits: Callable[[Spec, int, int], str | None]
     pack: Callable[[Parts, Spec], Parts]
     unpack: Unpack
+    rows: int = 0
 
 
 LAYOUTS: dict[str, Layout] = {
     row.name: row
     for row in (
-        Layout("plain", lambda spec, n, k: None, lambda p, spec: p, lambda p, spec, shape: p),
+        Layout("plain", lambda spec, n, k: None, lambda p, spec: p, lambda p, spec, shape: p, 1),
         # int32 [K * b / 32, N], zeros stored minus one (GPTQ v1)
         Layout("gptq", _fits_gptq_minus_one, _pack_gptq(1), _unpack_gptq(1)),
         # the same with zeros stored as they are (GPTQ v2, auto_round)

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from hal.ops import prepare, qgemm, qgemm_grouped, restore
 from hal.plan import Weight
 from hal.qtensor import QTensor
+from hal.spec import Act
 
 
 def _for_input(w: Weight, x: Tensor) -> Weight:
     """The weight itself, or prepared anew when the device or the dtype of the input changed."""
     if w.dtype == x.dtype and w.device == x.device:
         return w
-    return prepare(restore(w), dtype=x.dtype, device=x.device)
+    return prepare(restore(w), dtype=x.dtype, device=x.device, act=w.act)
 
 
 class QLinear(nn.Module):
@@ -33,9 +34,13 @@ class QLinear(nn.Module):
         self.bias: nn.Parameter | None
         self.register_parameter("bias", empty)
 
-    def load(self, q: QTensor, dtype: torch.dtype) -> None:
-        """Prepare ``q [N, K]`` for activations of ``dtype`` on its own device."""
-        self.weight = prepare(q, dtype=dtype)
+    def load(self, q: QTensor, dtype: torch.dtype, *, fast: bool = False) -> None:
+        """Prepare ``q [N, K]`` for activations of ``dtype`` on its own device.
+
+        ``fast`` allows products with activations in s8, one scale per group of ``q``.
+        """
+        act = Act("s8", q.spec.group) if fast else None
+        self.weight = prepare(q, dtype=dtype, act=act)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., K] -> [..., N]``."""

@@ -5,6 +5,8 @@ N output rows, K input columns, G = groups of a row. Float = f32, bf16 or f16. A
 live on one device. Mistakes of the caller raise ValueError; cases no kernel serves, Unsupported.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -152,13 +154,40 @@ def prepare(
     name = rows[0][1].layout
     moved = {part: t.to(target) for part, t in plain.parts.items()}
     native = native_layout(name).pack(moved, q.spec)
-    return Weight(q.spec, q.shape, q.experts, dtype, name, native, rows)
+    return Weight(q.spec, q.shape, q.experts, dtype, name, native, rows, act)
 
 
 def restore(w: Weight) -> QTensor:
     """Inverse of `prepare`: the plain codes, scales and zero levels, bit for bit."""
     layout = native_layout(w.layout)
     return QTensor(w.spec, w.shape, "plain", layout.unpack(w.parts, w.spec, w.shape), w.experts)
+
+
+def join(weights: Sequence[Weight]) -> Weight | None:
+    """One weight whose rows are those of all, so that one product serves an input they share.
+
+    The numbers do not change: rows are independent. The weights given become views of it, so
+    nothing is held twice. None where they differ in more than their rows, or where their layout
+    cannot be cut between them.
+    """
+    first = weights[0]
+    if len(weights) == 1:
+        return first
+    kinds = {(w.spec, w.shape[1], w.dtype, w.layout, w.act, w.device) for w in weights}
+    rows = native_layout(first.layout).rows
+    cut = rows and not any(w.shape[0] % rows for w in weights[:-1])
+    plain = all(w.experts == 1 and w.parts.keys() <= {"codes", "scale", "zero"} for w in weights)
+    if len(kinds) > 1 or not cut or not plain:
+        return None
+    shape = (sum(w.shape[0] for w in weights), first.shape[1])
+    parts = {name: torch.cat([w.parts[name] for w in weights]) for name in first.parts}
+    for name, whole in parts.items():
+        pieces = torch.split(whole, [len(w.parts[name]) for w in weights])
+        for w, piece in zip(weights, pieces, strict=True):
+            w.parts[name], w.handle = piece, None
+    blank = QTensor(first.spec, shape, "plain", {})
+    kernels = plan(blank, first.dtype, first.device, first.act)
+    return Weight(first.spec, shape, 1, first.dtype, first.layout, parts, kernels, first.act)
 
 
 def qgemm(x: Tensor, w: Weight, bias: Tensor | None = None) -> Tensor:

@@ -25,7 +25,8 @@ _tokens = count()
 class Weight:
     """A weight ready for one device: native layout, opaque to everyone but its kernels.
 
-    ``kernels``: (largest M, row) in rising order. ``parts``: the native tensors, kept alive here.
+    ``kernels``: (largest M, row) in rising order. ``act``: how activations may be encoded on the
+    way, None = exact products. ``parts``: the native tensors, kept alive here.
     ``handle``: whatever the backend wants to look up once per weight. ``token``: its name in graphs
     of ``torch.compile``.
     """
@@ -37,6 +38,7 @@ class Weight:
     layout: str
     parts: dict[str, Tensor]
     kernels: tuple[tuple[int, Kernel], ...]
+    act: Act | None = None
     handle: Any = None
     token: int = field(default_factory=_tokens.__next__, init=False)
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from hal import config
+from hal.block import BlockOps
 from hal.layout import Layout
 from hal.spec import Act, Spec
 
@@ -67,6 +68,7 @@ class Backend(Protocol):
     KIND: str
     KERNELS: tuple[Kernel, ...]
     LAYOUTS: tuple[Layout, ...]
+    BLOCK: BlockOps
 
     def probe(self) -> str | None:
         """None when usable on this machine, else the reason in words."""

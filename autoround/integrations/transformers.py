@@ -17,6 +17,7 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from autoround.errors import InputError
+from autoround.integrations import FAST
 from autoround.integrations.packed import PARTS, PackedFiles, packed_files
 from autoround.models import compat
 from hal import QExperts, QLinear, QTensor
@@ -57,6 +58,7 @@ class AutoroundQuantizer(HfQuantizer):
         }  # fmt: skip
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        fast = getattr(self.quantization_config, "backend", None) == FAST
         for swap in self._swaps:
             module = model.get_submodule(swap.name)
             read = {leaf: self._packed.read(*made_of) for leaf, made_of in swap.weights.items()}
@@ -66,7 +68,7 @@ class AutoroundQuantizer(HfQuantizer):
                     _experts(up, module.experts), _experts(down, module.experts), model.dtype
                 )
             else:
-                module.load(next(iter(read.values())), model.dtype)
+                module.load(next(iter(read.values())), model.dtype, fast=fast)
         return model
 
     @property

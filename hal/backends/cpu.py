@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hal import codec, config
+from hal import block, codec, config
 from hal import layout as file_layouts
+from hal.block import Attention, BlockOps
 from hal.layout import Layout, Parts
 from hal.plan import Weight
 from hal.qtensor import Params
@@ -297,7 +298,42 @@ def _many_rows(case: Case) -> str | None:
     return None if case.m > 512 else "m <= 512: cpu.qgemm is as fast and exact"
 
 
-LAYOUTS = (Layout("cpu.tiles", lambda spec, n, k: None, _tile, _untile),)
+# ---- what stands between products in a decoder block
+
+FEW_ROWS = 16  # more: torch's attention, which blocks over rows
+
+
+def _norm(x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    (m, k), out = x.shape, torch.empty_like(x)
+    at = (x.data_ptr(), _at(more), weight.data_ptr(), eps, out.data_ptr())
+    native().norm(isa(), m, k, DTYPES[x.dtype], *at, torch.get_num_threads())
+    return out
+
+
+def _gate(x: Tensor) -> Tensor:
+    m, n = x.shape[0], x.shape[1] // 2
+    out = torch.empty(m, n, dtype=x.dtype)
+    at = (x.data_ptr(), out.data_ptr())
+    native().gate(isa(), m, n, DTYPES[x.dtype], *at, torch.get_num_threads())
+    return out
+
+
+def _attend(qkv: Tensor, a: Attention, at: int) -> Tensor:
+    m = qkv.shape[0]
+    if m > FEW_ROWS:
+        return block.attend(qkv, a, at)
+    if a.handle is None:
+        shape = (a.heads, a.kv_heads, a.dim, a.length, DTYPES[qkv.dtype], a.eps, a.scale)
+        tables = (a.q_norm, a.k_norm, a.cos, a.sin, a.keys, a.values)
+        a.handle = native().Attention(*shape, *map(_at, tables))
+    out = torch.empty(m, a.heads * a.dim, dtype=qkv.dtype)
+    a.handle.attend(isa(), qkv.data_ptr(), m, at, out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+BLOCK = BlockOps(_norm, _gate, _attend)
+
+LAYOUTS = (Layout("cpu.tiles", lambda spec, n, k: None, _tile, _untile, TILE),)
 
 KERNELS = (
     Kernel("cpu.search", "search", _search),

@@ -4,7 +4,7 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from hal import codec
+from hal import block, codec
 from hal import layout as file_layouts
 from hal.layout import Layout, Parts
 from hal.plan import Weight
@@ -14,6 +14,7 @@ from hal.spec import Spec
 
 KIND = ""
 LAYOUTS: tuple[Layout, ...] = ()
+BLOCK = block.BlockOps(block.norm, block.gate, block.attend)
 
 
 def probe() -> str | None:

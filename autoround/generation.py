@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text in, text out: what `autoround generate` does."""
+
+import time
+from collections.abc import Iterator
+
+from autoround.decoder import continuation
+from autoround.errors import InputError
+from autoround.loading import load
+from autoround.models import resolve
+from autoround.pipeline import load_tokenizer
+
+
+class Writer:
+    """A loaded model with its tokenizer. Raises InputError when either is missing.
+
+    ``compute``: ``exact`` or ``fast`` products, as for `autoround.load`.
+    """
+
+    def __init__(
+        self, model: str, *, compute: str = "exact", device_map: str | int | None = None
+    ) -> None:
+        where = resolve(model)
+        self.tokenizer = load_tokenizer(where)
+        if self.tokenizer is None:
+            raise InputError(f"{model} has no tokenizer that loads; generation needs one")
+        self.model, self.compute = load(where, device_map=device_map, compute=compute), compute
+        if self.model.get_output_embeddings() is None:
+            raise InputError(f"{type(self.model).__name__} is no language model; it cannot write")
+        self.report = ""
+
+    def write(
+        self, text: str, limit: int, *, temperature: float = 0.0, seed: int = 0
+    ) -> Iterator[str]:
+        """Pieces of the continuation of ``text``, at most ``limit`` tokens; then sets ``report``.
+
+        ``temperature`` 0 takes the likeliest token; above, samples with ``seed``.
+        """
+        if not text:
+            raise InputError("the prompt is empty; give some text to continue")
+        ids = self.tokenizer(text, return_tensors="pt").input_ids[0].to(self.model.device)
+        most = self.model.config.get_text_config().max_position_embeddings
+        if len(ids) + limit > most:
+            raise InputError(
+                f"{len(ids)} tokens and {limit} more exceed the model's {most}; ask for fewer"
+            )
+        made, shown, times = list[int](), "", [time.perf_counter()]
+        for token in continuation(self.model, ids, limit, temperature=temperature, seed=seed):
+            times.append(time.perf_counter())
+            made.append(token)
+            known = self.tokenizer.decode(made, skip_special_tokens=True)
+            if not known.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character
+                yield known[len(shown) :]
+                shown = known
+        first = len(ids) / (times[1] - times[0]) if made else 0.0
+        rest = (len(made) - 1) / (times[-1] - times[1]) if len(made) > 1 else 0.0
+        self.report = (
+            f"{len(ids)} tokens read at {first:.0f}/s, {len(made)} written at {rest:.1f}/s, "
+            f"{self.compute} products"
+        )
