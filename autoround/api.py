@@ -34,7 +34,7 @@ class AutoRound:
         tokenizer: Any = None,
         scheme: str | Scheme = "W4A16",
         *,
-        recipe: str = "default",
+        recipe: str | None = None,
         bits: int | None = None,
         group_size: int | None = None,
         sym: bool | None = None,
@@ -85,7 +85,7 @@ class AutoRound:
                 "seed": seed,
             },
         )
-        if not self.recipe.iters and dataset is not None:
+        if not self.recipe.calibrates and dataset is not None:
             raise InputError(
                 "dataset has no effect without tuning (iters=0); leave it out, or give iters"
             )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="autoround",
-    help="Quantize language models by signed gradient descent on the rounding.",
+    help="Quantize language models to 2-8 bits.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -53,7 +53,7 @@ def quantize(
         Path | None, _option("Where [MODEL-w4g128] is made.", "--output-dir", "--output_dir")
     ] = None,
     scheme: Annotated[str | None, _option("See `autoround list schemes`. [W4A16]")] = None,
-    recipe: Annotated[str, typer.Option(help="default, best, light or rtn.")] = "default",
+    recipe: Annotated[str | None, _option("See `autoround list recipes`. [autoround]")] = None,
     format: Annotated[str | None, _option("See `autoround list formats`. [auto_round]")] = None,
     bits: Annotated[int | None, _option("Bits of a weight, over the scheme's.")] = None,
     group_size: Annotated[
@@ -77,7 +77,9 @@ def quantize(
             "--quant-lm-head", "--quant_lm_head", help="Quantize the output projection too."
         ),
     ] = False,
-    iters: Annotated[int | None, _option("Tuning steps a block; 0 = round to nearest.")] = None,
+    iters: Annotated[
+        int | None, _option("Steps of SignRound a block; 0 = round to nearest.")
+    ] = None,
     lr: Annotated[float | None, _option("Initial step of the rounding. [1/iters]")] = None,
     minmax_lr: Annotated[
         float | None, _option("Initial step of the range. [lr]", "--minmax-lr", "--minmax_lr")
@@ -244,9 +246,16 @@ def _rows(what: Listing) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
     if what is Listing.recipes:
         from autoround.recipe import RECIPES
 
-        columns = ("recipe", "iters", "samples", "tokens", "batch")
-        recipes = RECIPES.items()
-        return columns, [(n, r.iters, r.nsamples, r.seqlen, r.batch_size) for n, r in recipes]
+        columns = ("recipe", "closed form", "steps", "samples", "tokens", "batch")
+        return columns, [
+            (
+                n,
+                r.feedback,
+                r.iters,
+                *((r.nsamples, r.seqlen, r.batch_size) if r.calibrates else ()),
+            )
+            for n, r in RECIPES.items()
+        ]
     import hal
 
     found = hal.devices()

@@ -26,7 +26,7 @@ RENAMED = {
 }
 
 
-def translate(arguments: list[str], recipe: str) -> list[str]:
+def translate(arguments: list[str], recipe: str | None) -> list[str]:
     """The same request in our own command's words. Raises InputError without a model."""
     own: list[str] = []
     model = None
@@ -43,7 +43,8 @@ def translate(arguments: list[str], recipe: str) -> list[str]:
     if model is None:
         raise InputError("no model given; name it with --model DIRECTORY")
     parent = [] if OUTPUT & set(own) else ["--output_dir", "tmp_autoround"]
-    return ["quantize", model, "--recipe", recipe, *parent, *own]
+    named = ["--recipe", recipe] if recipe else []
+    return ["quantize", model, *named, *parent, *own]
 
 
 def _separated(arguments: list[str]) -> list[str]:
@@ -54,7 +55,7 @@ def _separated(arguments: list[str]) -> list[str]:
     return words
 
 
-def _command(recipe: str) -> None:
+def _command(recipe: str | None) -> None:
     try:
         arguments = translate(sys.argv[1:], recipe)
     except InputError as error:
@@ -65,7 +66,7 @@ def _command(recipe: str) -> None:
 
 def default() -> None:
     """`auto-round`"""
-    _command("default")
+    _command(None)
 
 
 def best() -> None:

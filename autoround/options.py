@@ -14,26 +14,26 @@ from autoround.recipe import Recipe, recipe_by_name
 from autoround.scheme import Scheme
 from hal import device as devices
 
-#: Choices that only tuning uses; giving one to a run without tuning is a mistake worth naming.
-TUNING_ONLY = (
-    "lr",
-    "minmax_lr",
-    "dataset",
-    "nsamples",
-    "seqlen",
-    "batch_size",
-    "gradient_accumulate_steps",
-    "enable_minmax_tuning",
-    "enable_quanted_input",
-    "seed",
-)
+#: Choices that only steps use. Giving one without naming a recipe asks for SignRound.
+STEPS_ONLY = ("lr", "minmax_lr", "gradient_accumulate_steps", "enable_minmax_tuning")
+#: Choices that only a run with data uses.
+DATA_ONLY = ("dataset", "nsamples", "seqlen", "batch_size", "enable_quanted_input", "seed")
 
 
-def build_recipe(name: str, changes: Mapping[str, Any]) -> Recipe:
-    """A named recipe with changes (None = not given). Unused choices raise InputError."""
+def build_recipe(name: str | None, changes: Mapping[str, Any]) -> Recipe:
+    """A named recipe with changes (None = not given).
+
+    Without a name: ``rtn`` for ``iters`` 0, ``signround`` where steps or their rates are given,
+    else ``autoround``. A choice that would have no effect raises InputError.
+    """
+    if name is None:
+        stepwise = any(changes.get(key) is not None for key in ("iters", *STEPS_ONLY))
+        name = "rtn" if changes.get("iters") == 0 else "signround" if stepwise else "autoround"
     recipe = recipe_by_name(name, changes)
-    unused = [key for key in TUNING_ONLY if changes.get(key) is not None]
-    if recipe.iters == 0 and unused:
+    idle: tuple[str, ...] = () if recipe.iters else STEPS_ONLY
+    idle += () if recipe.calibrates else DATA_ONLY
+    unused = [key for key in idle if changes.get(key) is not None]
+    if unused:
         raise InputError(
             f"{unused[0]} has no effect without tuning (iters=0); leave it out, or give --iters"
         )

@@ -39,8 +39,11 @@ from autoround.models import (
 )
 from autoround.plan import Layer, ModelPlan, make_plan
 from autoround.recipe import Recipe, shard_bytes
-from autoround.stages import BlockTask, LayerTask, Measure, Search, SignRound, Stage
+from autoround.stages import BlockTask, Feedback, Kept, LayerTask, Measure, Search, SignRound, Stage
 from autoround.stages.task import hidden
+
+#: One sample in so many only judges what the closed form makes of the others.
+HELD_OUT = 8
 
 
 class Progress(Protocol):
@@ -65,7 +68,11 @@ class Silent:
 
 @dataclass(frozen=True, slots=True)
 class BlockReport:
-    """One block's outcome. Losses are mean squared errors over all samples, NaN without data."""
+    """One block's outcome.
+
+    Losses are mean squared errors over the samples held out of tuning, or all where none are; NaN
+    without data.
+    """
 
     index: int
     name: str
@@ -136,7 +143,7 @@ def quantize(
     plan = make_plan(streamed, recipe)
     progress.planned(plan)
     given = recipe.dataset if dataset is None else dataset
-    tokens = _tokens(recipe, streamed, tokenizer, given) if recipe.iters else None
+    tokens = _tokens(recipe, streamed, tokenizer, given) if recipe.calibrates else None
     if tokens:
         progress.calibrated(tokens)
     checkpoint.scan_finite()
@@ -161,13 +168,7 @@ class _Engine:
     ) -> None:
         self.recipe, self.streamed, self.plan = recipe, streamed, plan
         self.sink, self.out, self.progress = sink, run, run.progress
-        self.stages: tuple[Stage, ...] = (Search(),)
-        if recipe.iters:
-            self.stages = (
-                Search(),
-                Measure("loss_rtn", recipe.batch_size),
-                _signround(recipe, run.progress.step),
-            )
+        self.stages = _stages(recipe, run.progress.step)
 
     def run(self, tokens: TokenSet | None) -> None:
         if self.plan.head is not None:
@@ -232,10 +233,13 @@ class _Engine:
                 "first, or use --recipe rtn"
             )
         task.x = tuned_on = quants if quants.indices else floats
+        task.floats = floats
+        if self.recipe.feedback:
+            task.held = tuned_on.indices[n - n // HELD_OUT :]
         if task.layers:
             self._run_stages(task)
         rounded = self._forward_all(task, tuned_on, _dequantized(task))
-        task.report["loss"] = _mean_loss(rounded, task.y)
+        task.report["loss"] = _mean_loss({i: rounded[i] for i in task.judged}, task.y)
         return outputs | {i + n: out for i, out in rounded.items() if quants.indices}
 
     def _forward_all(
@@ -278,6 +282,19 @@ class _Engine:
                 self.sink.put(f"{part.module}.{local}", tensor)
 
 
+def _stages(recipe: Recipe, on_step: Callable[[int, float], None]) -> tuple[Stage, ...]:
+    """What a recipe does to each block, in order."""
+    stages: list[Stage] = [Search()]
+    size = recipe.batch_size
+    if recipe.calibrates:
+        stages.append(Measure("loss_rtn", size))
+    if recipe.feedback:
+        stages.append(Kept(Feedback(size), "loss_rtn", size))
+    if recipe.iters:
+        stages.append(_signround(recipe, on_step))
+    return tuple(stages)
+
+
 def _signround(recipe: Recipe, on_step: Callable[[int, float], None]) -> SignRound:
     def minmax_lr(bits: int) -> float:
         if not recipe.enable_minmax_tuning:
@@ -309,7 +326,7 @@ def _inside(layer: Layer, block: str) -> str:
 def _dequantized(task: BlockTask) -> dict[str, Tensor]:
     """The weights as the artefact will have them."""
     return {
-        name: hal.dequantize(hal.quantize(layer.w, layer.ready, layer.spec), dtype=layer.w.dtype)
+        name: hal.dequantize(hal.quantize(layer.w, layer.ready, layer.spec), dtype=layer.dtype)
         for name, layer in task.layers.items()
     }
 

@@ -30,9 +30,11 @@ def shard_bytes(text: str) -> int:
 class Recipe:
     """Every choice of a quantization run. Names and defaults are the field's usual ones.
 
-    ``bits``, ``group_size``, ``sym`` override the scheme where not None. ``lr`` None = 1 / iters
+    ``bits``, ``group_size``, ``sym`` override the scheme where not None. ``feedback``: rounding in
+    closed form. ``iters``: SignRound's steps, with ``feedback`` only for the weights that it cannot
+    reach (fused experts). Neither = round to nearest, no data needed. ``lr`` None = 1 / iters
     (2 / iters from 1000 iterations on at 3 bits and below); ``minmax_lr`` None = ``lr``.
-    ``iters`` 0 = round to nearest, no data needed. ``dataset`` None = the bundled pack.
+    ``dataset`` None = the bundled pack.
     """
 
     scheme: str = "W4A16"
@@ -43,6 +45,7 @@ class Recipe:
     ignore_layers: tuple[str, ...] = ()
     quant_lm_head: bool = False
     format: str = "auto_round"
+    feedback: bool = True
     iters: int = 200
     lr: float | None = None
     minmax_lr: float | None = None
@@ -76,6 +79,11 @@ class Recipe:
         fields = {"bits": self.bits, "group_size": self.group_size, "sym": self.sym}
         return override(scheme_by_name(self.scheme), fields, "scheme")
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether the run needs data."""
+        return self.feedback or self.iters > 0
+
     def learning_rate(self, bits: int) -> float:
         """Initial step of the rounding offset for a layer of ``bits``."""
         if self.lr is not None:
@@ -89,11 +97,15 @@ class Recipe:
         return plain
 
 
+#: The first is the default.
 RECIPES: dict[str, Recipe] = {
-    "default": Recipe(),
-    "best": Recipe(iters=1000, nsamples=512),
-    "light": Recipe(iters=50, lr=5e-3),
-    "rtn": Recipe(iters=0),
+    "autoround": Recipe(),
+    "best": Recipe(nsamples=512),
+    "light": Recipe(nsamples=32),
+    "signround": Recipe(feedback=False),
+    "signround-best": Recipe(feedback=False, iters=1000, nsamples=512),
+    "signround-light": Recipe(feedback=False, iters=50, lr=5e-3),
+    "rtn": Recipe(feedback=False, iters=0),
 }
 
 

@@ -60,10 +60,10 @@ class Terminal:
         self.console.print(f"calibration: {tokens.description}", soft_wrap=True)
 
     def block_started(self, index: int, name: str) -> None:
-        self._bar.reset(self._task, description=name, visible=True)
+        self._bar.reset(self._task, description=name, visible=False)
 
     def step(self, t: int, loss: float) -> None:
-        self._bar.update(self._task, completed=t + 1)
+        self._bar.update(self._task, completed=t + 1, visible=True)
 
     def block_done(self, report: BlockReport) -> None:
         done = report.index + 1

@@ -23,6 +23,8 @@ LOSS_SCALE = 1000.0
 class SignRound:
     """``iters`` steps on random batches; the parameters of the best step seen are kept.
 
+    Weights that an earlier stage has fixed stay as they are.
+
     ``lr``, ``minmax_lr``: bits -> initial step, falling linearly to 0. ``on_step(t, loss)`` is told
     of every step. Random order depends on ``seed`` and the block only, so a run can be resumed.
     """
@@ -36,24 +38,27 @@ class SignRound:
     on_step: Callable[[int, float], None]
 
     def run(self, task: BlockTask) -> None:
-        assert task.x is not None
-        for layer in task.layers.values():
-            layer.ready.v = torch.zeros(layer.w.shape, dtype=torch.float32, device=layer.w.device)
-        best = {name: _copy(layer.ready) for name, layer in task.layers.items()}
-        fake = {name: torch.empty_like(layer.w) for name, layer in task.layers.items()}
-        visits = Cyclic(task.x.indices, self.batch_size * self.accumulate, self._random(task.index))
+        layers = {name: task.layers[name] for name in task.layers if name not in task.fixed}
+        if not layers:
+            return
+        for layer in layers.values():
+            layer.params = _copy(layer.ready)
+            layer.params.v = torch.zeros(layer.w.shape, dtype=torch.float32, device=layer.w.device)
+        best = {name: _copy(layer.ready) for name, layer in layers.items()}
+        fake = {name: torch.empty_like(layer.w) for name, layer in layers.items()}
+        visits = Cyclic(task.seen, self.batch_size * self.accumulate, self._random(task.index))
         least = float("inf")
         for t in range(self.iters):
             loss, grads = self._gradients(task, visits.next(), fake)
             self.on_step(t, loss)
             if loss < least:
                 least = loss
-                for name, layer in task.layers.items():
+                for name, layer in layers.items():
                     _assign(best[name], layer.ready)
             decay = 1 - t / self.iters
-            for name, layer in task.layers.items():
+            for name, layer in layers.items():
                 self._step(layer, grads[name], decay)
-        for name, layer in task.layers.items():
+        for name, layer in layers.items():
             _assign(layer.ready, best[name])
 
     def _random(self, block: int) -> Random:
@@ -64,17 +69,16 @@ class SignRound:
     ) -> tuple[float, dict[str, Tensor]]:
         """Loss over the step's samples, and dL/dW of every fake-quantized weight."""
         assert task.x is not None
-        weights = {
-            name: hal.qdq(layer.w, layer.ready, layer.spec, out=fake[name])
-            .detach()
-            .requires_grad_()
-            for name, layer in task.layers.items()
-        }
+        weights = {}
+        for name, out in fake.items():
+            layer = task.layers[name]
+            rounded = hal.qdq(layer.w, layer.ready, layer.spec, out=out)
+            weights[name] = rounded.detach().requires_grad_()
         total, grads = 0.0, dict.fromkeys(weights, torch.empty(0))
         for micro in chunks(indices, self.batch_size):
             for batch in task.x.batches(micro, self.batch_size):
                 share = len(batch) / len(indices)
-                loss = task.loss(batch, weights) * share
+                loss = task.loss(batch, {**task.fixed, **weights}) * share
                 total += float(loss.detach())
                 found = torch.autograd.grad(loss * LOSS_SCALE, list(weights.values()))
                 for name, grad in zip(weights, found, strict=True):

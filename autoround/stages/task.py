@@ -35,12 +35,20 @@ class Samples(Protocol):
 
 @dataclass(slots=True)
 class LayerTask:
-    """One weight of the block. ``w [N, K]``; ``restore`` gives the parameter's own shape back."""
+    """One weight of the block. ``restore`` gives the parameter's own shape back.
+
+    ``w [N, K]`` is what will be rounded: the float weight, or what a stage has put in its place;
+    ``dtype`` is the float weight's.
+    """
 
     spec: hal.Spec
     w: Tensor
     restore: Callable[[Tensor], Tensor]
     params: hal.Params | None = None
+    dtype: torch.dtype = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.dtype = self.w.dtype
 
     @property
     def ready(self) -> hal.Params:
@@ -53,8 +61,9 @@ class LayerTask:
 class BlockTask:
     """One block on its way: layers by parameter name inside the block, inputs, float outputs.
 
-    ``x``: inputs of the chain the block is tuned on; ``y``: the float block's hidden output of
-    each sample. Both None when the recipe needs no data.
+    ``x``: inputs of the chain the block is tuned on; ``floats``: those of the float chain; ``y``:
+    the float block's hidden output of each sample. All None when the recipe needs no data.
+    ``held``: samples that only judge. ``fixed``: rounded weights that no later stage changes.
     """
 
     index: int
@@ -63,11 +72,33 @@ class BlockTask:
     amp: Callable[[], AbstractContextManager[Any]]
     x: Samples | None = None
     y: Mapping[int, Tensor] | None = None
+    floats: Samples | None = None
+    held: tuple[int, ...] = ()
+    fixed: dict[str, Tensor] = field(default_factory=dict)
     report: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def judged(self) -> tuple[int, ...]:
+        """The samples to measure on: those held out, or all."""
+        assert self.x is not None
+        return self.held or self.x.indices
+
+    @property
+    def seen(self) -> tuple[int, ...]:
+        """The samples to tune on."""
+        assert self.x is not None
+        return tuple(i for i in self.x.indices if i not in self.held)
+
+    def owner(self, name: str) -> nn.Module:
+        """The module whose parameter a layer is."""
+        return self.module.get_submodule(name.rpartition(".")[0])
 
     def forward(self, call: Call, weights: Mapping[str, Tensor]) -> Any:
         """The block's output with ``weights [N, K]`` in the place of its own."""
-        own = {name: self.layers[name].restore(w) for name, w in weights.items()}
+        own = {}
+        for name, w in weights.items():
+            layer = self.layers[name]
+            own[name] = layer.restore(w.to(layer.dtype))
         with self.amp():
             return functional_call(self.module, own, call.args, call.kwargs)
 

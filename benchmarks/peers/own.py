@@ -20,7 +20,7 @@ def main() -> None:
     changes = {"bits": bits, "group_size": group_size, "iters": iters}
     if iters:
         changes |= {"batch_size": batch_size, "nsamples": len(ids), "seqlen": ids.shape[1]}
-    recipe = build_recipe("default", changes)
+    recipe = build_recipe(None, changes)
     source = Source(model, torch.empty(0).device)
     run = quantize(recipe, source, Path(output), dataset=list(ids))
     print(json.dumps({"seconds": run.seconds, "peak": peak_bytes(), "directory": output}))

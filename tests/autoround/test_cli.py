@@ -125,7 +125,7 @@ def test_eval_of_the_float_model_itself(capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     ("what", "words"),
     [("schemes", ["W4A16", "W8A16G32", "BF16"]), ("formats", ["auto_round:auto_awq"]),
-     ("recipes", ["default", "rtn", "512"]), ("devices", ["cpu", "reference"])],
+     ("recipes", ["autoround", "rtn", "512"]), ("devices", ["cpu", "reference"])],
 )  # fmt: skip
 def test_list(what: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert here("list", what) == 0
@@ -192,35 +192,35 @@ HOME = ["--output_dir", "tmp_autoround"]
 @pytest.mark.parametrize(
     ("given", "own"),
     [
-        (["--model", "M"], ["M", "--recipe", "default", *HOME]),
-        (["--model=M"], ["M", "--recipe", "default", *HOME]),
-        (["M"], ["M", "--recipe", "default", *HOME]),
-        (["M", "--bits", "3"], ["M", "--recipe", "default", *HOME, "--bits", "3"]),
-        (["--model_name_or_path", "M", "--asym"], ["M", "--recipe", "default", *HOME, "--asym"]),
+        (["--model", "M"], ["M", *HOME]),
+        (["--model=M"], ["M", *HOME]),
+        (["M"], ["M", *HOME]),
+        (["M", "--bits", "3"], ["M", *HOME, "--bits", "3"]),
+        (["--model_name_or_path", "M", "--asym"], ["M", *HOME, "--asym"]),
         (
             ["--bits", "2", "--model", "M", "--group_size=32"],
-            ["M", "--recipe", "default", *HOME, "--bits", "2", "--group_size", "32"],
+            ["M", *HOME, "--bits", "2", "--group_size", "32"],
         ),
         (
             ["--model=M", "--output_dir=out"],
-            ["M", "--recipe", "default", "--output_dir", "out"],
+            ["M", "--output_dir", "out"],
         ),
-        (["--model", "M", "-o", "out"], ["M", "--recipe", "default", "-o", "out"]),
-        (["--model", "M", "--output", "o"], ["M", "--recipe", "default", "--output", "o"]),
+        (["--model", "M", "-o", "out"], ["M", "-o", "out"]),
+        (["--model", "M", "--output", "o"], ["M", "--output", "o"]),
         (
             ["--model", "M", "--bs", "4", "--seq_len", "64", "--formats", "auto_round",
              "--fp_layers", "a,b", "--device", "0"],
-            ["M", "--recipe", "default", *HOME, "--batch-size", "4", "--seqlen", "64",
+            ["M", *HOME, "--batch-size", "4", "--seqlen", "64",
              "--format", "auto_round", "--ignore-layers", "a,b", "--device-map", "0"],
         ),
         (
             ["--model", "M", '--layer_config={"a=b":{"bits":8}}'],
-            ["M", "--recipe", "default", *HOME, "--layer_config", '{"a=b":{"bits":8}}'],
+            ["M", *HOME, "--layer_config", '{"a=b":{"bits":8}}'],
         ),
     ],
 )  # fmt: skip
 def test_translation(given: list[str], own: list[str]) -> None:
-    assert translate(given, "default") == ["quantize", *own]
+    assert translate(given, None) == ["quantize", *own]
 
 
 def test_translation_names_the_recipe() -> None:
@@ -231,7 +231,7 @@ def test_translation_names_the_recipe() -> None:
 @pytest.mark.parametrize("given", [[], ["--bits", "4"], ["--model"]])
 def test_translation_without_a_model(given: list[str]) -> None:
     with pytest.raises(InputError, match="no model given; name it with --model"):
-        translate(given, "default")
+        translate(given, None)
 
 
 @pytest.mark.parametrize("command", ["rtn", "default"])

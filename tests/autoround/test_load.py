@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import autoround
 from autoround import pipeline
 from autoround.errors import InputError
-from autoround.recipe import Recipe
+from autoround.options import build_recipe
 from hal import QExperts, QLinear
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         key = (name, dtype, json.dumps(changes))
         if key not in done:
             base = tmp_path_factory.mktemp(name)
-            recipe = Recipe(**({"iters": 0, "group_size": 32} | changes))
+            recipe = build_recipe(None, {"iters": 0, "group_size": 32} | changes)
             zoo.save(name, base / "float", dtype=dtype)
             source = pipeline.Source(base / "float", torch.device("cpu"))
             pipeline.quantize(recipe, source, base / "packed")
@@ -266,9 +266,8 @@ def test_float_directory_loads_too(made: Made) -> None:
 
 
 def test_generate_and_cache(tmp_path: Path) -> None:
-    pipeline.quantize(
-        Recipe(iters=0, group_size=32), pipeline.Source(PGDOC, torch.device("cpu")), tmp_path / "q"
-    )
+    recipe = build_recipe("rtn", {"group_size": 32})
+    pipeline.quantize(recipe, pipeline.Source(PGDOC, torch.device("cpu")), tmp_path / "q")
     model = autoround.load(tmp_path / "q")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "q")
     ids = tokenizer("The server process", return_tensors="pt").input_ids

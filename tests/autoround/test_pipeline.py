@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from autoround import pipeline
 from autoround.errors import InputError
 from autoround.formats import ShardSink, Stored
-from autoround.recipe import Recipe
+from autoround.options import build_recipe
 
 ROOT = Path(__file__).parents[2]
 PGDOC = ROOT / "benchmarks/models/pgdoc"
@@ -46,14 +46,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
 
 def rtn(source: Path, output: Path, **changes: Any) -> pipeline.Run:
-    recipe = Recipe(**({"iters": 0, "group_size": 32} | changes))
+    recipe = build_recipe(None, {"iters": 0, "group_size": 32} | changes)
     return pipeline.quantize(recipe, pipeline.Source(source, CPU), output)
 
 
 def tune(source: Path, output: Path, **changes: Any) -> pipeline.Run:
     small = {"iters": 4, "nsamples": 8, "seqlen": 16, "batch_size": 4, "group_size": 32, "lr": 0.05}
     return pipeline.quantize(
-        Recipe(**(small | changes)), pipeline.Source(source, CPU), output, dataset=ROWS
+        build_recipe(None, small | changes), pipeline.Source(source, CPU), output, dataset=ROWS
     )
 
 
@@ -587,11 +587,11 @@ CHILD = """
 import resource, sys, torch
 from pathlib import Path
 from autoround import pipeline
-from autoround.recipe import Recipe
+from autoround.options import build_recipe
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 source, out = map(Path, sys.argv[1:])
 run = lambda s, o: pipeline.quantize(
-    Recipe(iters=0, group_size=32), pipeline.Source(s, torch.device("cpu")), o)
+    build_recipe("rtn", {"group_size": 32}), pipeline.Source(s, torch.device("cpu")), o)
 run(source / "few", out / "few")
 before = peak()
 run(source / "many", out / "many")

@@ -10,7 +10,8 @@ import pytest
 
 from autoround.errors import InputError
 from autoround.options import (
-    TUNING_ONLY,
+    DATA_ONLY,
+    STEPS_ONLY,
     build_recipe,
     default_output,
     parse_layer_config,
@@ -22,7 +23,11 @@ from autoround.scheme import Scheme
 
 @pytest.mark.parametrize(
     ("name", "iters", "nsamples", "lr"),
-    [("default", 200, 128, 5e-3), ("best", 1000, 512, 1e-3), ("light", 50, 128, 5e-3)],
+    [
+        ("signround", 200, 128, 5e-3),
+        ("signround-best", 1000, 512, 1e-3),
+        ("signround-light", 50, 128, 5e-3),
+    ],
 )
 def test_table(name: str, iters: int, nsamples: int, lr: float) -> None:
     recipe = RECIPES[name]
@@ -111,7 +116,7 @@ def test_shard_size(text: str, size: int) -> None:
 
 
 def test_unknown_recipe() -> None:
-    with pytest.raises(InputError, match="unknown recipe 'fast'; choose one of default, best"):
+    with pytest.raises(InputError, match="unknown recipe 'fast'; choose one of autoround, best"):
         recipe_by_name("fast", {})
 
 
@@ -130,17 +135,32 @@ GIVEN: dict[str, Any] = {
 
 
 def test_every_tuning_option_is_tried() -> None:
-    assert set(GIVEN) == set(TUNING_ONLY)
+    assert set(GIVEN) == {*DATA_ONLY, *STEPS_ONLY}
 
 
 @pytest.mark.parametrize("option", GIVEN)
 @pytest.mark.parametrize("way", ["rtn", "iters"])
 def test_options_without_effect_are_refused(option: str, way: str) -> None:
-    name, changes = ("rtn", {}) if way == "rtn" else ("default", {"iters": 0})
+    name, changes = ("rtn", {}) if way == "rtn" else (None, {"iters": 0})
     with pytest.raises(InputError, match=rf"^{option} has no effect without tuning"):
         build_recipe(name, changes | {option: GIVEN[option]})
-    tuned = build_recipe("default", {option: GIVEN[option]})
+    tuned = build_recipe("signround", {option: GIVEN[option]})
     assert getattr(tuned, option) == GIVEN[option]
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "autoround"),
+        ({"bits": 3, "nsamples": 4, "lr": None}, "autoround"),
+        ({"iters": 0}, "rtn"),
+        ({"iters": 20}, "signround"),
+        ({"lr": 1e-3}, "signround"),
+        ({"enable_minmax_tuning": False}, "signround"),
+    ],
+)
+def test_what_is_given_names_the_recipe(changes: dict[str, Any], name: str) -> None:
+    assert build_recipe(None, changes) == build_recipe(name, changes)
 
 
 def test_not_given_means_the_recipe_s_own() -> None:

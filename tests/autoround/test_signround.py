@@ -21,6 +21,7 @@ from torch.func import functional_call
 import hal
 from autoround import pipeline
 from autoround.models import Call, Samples
+from autoround.options import build_recipe
 from autoround.recipe import Recipe
 from autoround.scheme import Scheme
 from autoround.stages import BlockTask, LayerTask, Measure, Search, SignRound
@@ -330,9 +331,9 @@ class Watch(pipeline.Silent):
 
 
 def tuned(output: Path, **changes: Any) -> pipeline.Run:
-    recipe = Recipe(bits=2, group_size=32, iters=8, nsamples=8, seqlen=32, batch_size=4, lr=0.02)
-    source = pipeline.Source(PGDOC, torch.device("cpu"))
-    return pipeline.quantize(replace(recipe, **changes), source, output)
+    small = {"nsamples": 8, "seqlen": 32, "batch_size": 4, "iters": 8, "lr": 0.02}
+    recipe = build_recipe("signround", {"bits": 2, "group_size": 32} | small | changes)
+    return pipeline.quantize(recipe, pipeline.Source(PGDOC, torch.device("cpu")), output)
 
 
 def test_tuning_beats_rounding_on_a_trained_model(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ import hal
 from autoround import pipeline
 from autoround.integrations.packed import packed_files
 from autoround.models import resolve
-from autoround.recipe import Recipe
+from autoround.options import build_recipe
 from hal import QExperts, QLinear
 
 HERE = Path(__file__).parent
@@ -193,7 +193,7 @@ class Bench:
         out = self.work / f"{case.direction}-{case.name}".replace(" ", "_")
         source = self.source(case.of)
         if case.direction == "ours":
-            recipe = Recipe(**({"iters": 0} | case.options))
+            recipe = build_recipe(None, {"iters": 0} | case.options)
             pipeline.quantize(recipe, pipeline.Source(source, torch.device("cpu")), out)
             return out
         options = json.dumps({"scheme": "W4A16"} | case.options)

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What reaches the weights of a block, and what the block's output owes to them."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from autoround.stages.task import BlockTask, Call, hidden
+
+#: Least correlation between a nudge of a layer's output and the block's answer to it.
+TIED = 0.7
+#: Size of the nudge, as a share of the output's own root mean square.
+NUDGE = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """``h = X^T X [K, K]`` f32 of a layer's inputs X on the quantized chain, and ``miss = M^T X``.
+
+    M is what has to be made up for: ``of_output`` false, the input's ``F - X`` with F the input on
+    the float chain (``[K, K]``); true, what the layer's output lacks (``[N, K]``).
+    """
+
+    h: Tensor
+    miss: Tensor
+    of_output: bool
+
+
+class _Reached(Exception):
+    """The input was seen; the rest of the block need not run."""
+
+
+def dataflow(task: BlockTask, indices: Sequence[int]) -> list[list[str]]:
+    """Layers in the order in which the block uses them, those with one and the same input together.
+
+    Weights that are not the 2-D parameter of a module of their own (fused experts), and those that
+    these samples do not reach, are left out.
+    """
+    assert task.x is not None
+    groups: list[tuple[Tensor, list[str]]] = []
+
+    def seen(name: str, x: Tensor) -> None:
+        if groups and groups[-1][0] is x:
+            groups[-1][1].append(name)
+        elif all(name not in names for _, names in groups):
+            groups.append((x, [name]))
+
+    own = [name for name in task.layers if task.module.get_parameter(name).ndim == 2]
+    with torch.no_grad(), _hooks(task, own, seen):
+        task.forward(task.x.gather(indices), {})
+    return [names for _, names in groups]
+
+
+def gain(
+    task: BlockTask, name: str, weights: Mapping[str, Tensor], indices: Sequence[int]
+) -> Tensor | None:
+    """``[N]``: how far each of the block's outputs follows the same output of a layer.
+
+    1 where a layer adds to the residual stream, other values where a norm comes after. None where
+    they are not tied one to one: found by a small random nudge of the layer's output.
+    """
+    assert task.x is not None
+    call = task.x.gather(indices)
+    nudges: list[Tensor] = []
+
+    def push(_: object, __: object, out: Tensor) -> Tensor:
+        size = NUDGE * out.float().pow(2).mean().sqrt()
+        generator = torch.Generator(out.device).manual_seed(0)
+        noise = torch.randn(out.shape, generator=generator, device=out.device) * size
+        nudges.append(noise.to(out.dtype))
+        return out + nudges[-1]
+
+    with torch.no_grad():
+        before = hidden(task.forward(call, weights)).float()
+        handle = task.owner(name).register_forward_hook(push)
+        try:
+            after = hidden(task.forward(call, weights)).float()
+        finally:
+            handle.remove()
+    if len(nudges) != 1 or nudges[0].shape != before.shape:
+        return None
+    moved, nudge = (after - before).flatten(0, -2), nudges[0].float().flatten(0, -2)
+    found = (moved * nudge).sum(0) / nudge.pow(2).sum(0)
+    tied = F.cosine_similarity(moved.flatten(), (nudge * found).flatten(), dim=0)
+    usable = found.isfinite().all() and found.abs().min() > 0.05 * found.abs().mean()
+    return found if usable and tied > TIED else None
+
+
+def moments(
+    task: BlockTask,
+    name: str,
+    weights: Mapping[str, Tensor],
+    batches: Sequence[Sequence[int]],
+    gain: Tensor | None,
+) -> Moments | None:
+    """Moments of one layer over batches of samples; ``weights`` stand for the block's own.
+
+    With ``gain``, what the layer's output lacks is the block's output error over the gain. None
+    where the samples never reach the layer.
+    """
+    assert task.x is not None
+    assert task.floats is not None
+    assert task.y is not None
+    h: Tensor | None = None
+    miss: Tensor | None = None
+    for batch in batches:
+        x, out = _input(task, name, task.x.gather(batch), weights, whole=gain is not None)
+        if x is None:
+            continue
+        if gain is not None:
+            target = torch.cat([task.y[i] for i in batch])
+            lack = (target.float() - hidden(out).float()).flatten(0, -2) / gain
+        else:
+            f, _ = _input(task, name, task.floats.gather(batch), {}, whole=False)
+            # A router may send other tokens here on the float chain; then there is no telling.
+            lack = f - x if f is not None and f.shape == x.shape else torch.zeros_like(x)
+        squares, products = _product(x, x), _product(lack, x)
+        h = squares if h is None else h + squares
+        miss = products if miss is None else miss + products
+    if h is None or miss is None:
+        return None
+    return Moments(h, miss, gain is not None)
+
+
+def _input(
+    task: BlockTask, name: str, call: Call, weights: Mapping[str, Tensor], whole: bool
+) -> tuple[Tensor | None, object]:
+    """``[T, K]`` that a layer is given, and the block's output; not ``whole``: no further."""
+    found: list[Tensor] = []
+
+    def seen(_: str, x: Tensor) -> None:
+        found.append(x)
+        if not whole:
+            raise _Reached
+
+    out: object = None
+    with torch.no_grad(), _hooks(task, [name], seen), suppress(_Reached):
+        out = task.forward(call, weights)
+    return (found[0].flatten(0, -2) if found else None), out
+
+
+@contextmanager
+def _hooks(
+    task: BlockTask, names: Sequence[str], seen: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Tell ``seen`` what each layer is given while the block runs."""
+
+    def watch(name: str) -> Callable[[object, tuple[Tensor, ...]], None]:
+        def hook(_: object, args: tuple[Tensor, ...]) -> None:
+            if args:
+                seen(name, args[0])
+
+        return hook
+
+    handles = [task.owner(name).register_forward_pre_hook(watch(name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a^T b`` in f32: bf16 factors, f32 sums; 3x an f32 product where the processor has bf16."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        made: Tensor = a.float().t() @ b.float()
+        return made
+    finally:
+        matmul.fp32_precision = before

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The closed form: its quadratic against float64 arithmetic by the book, its place in a block."""
+
+import contextlib
+import hashlib
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from torch import Tensor, nn
+
+import hal
+from autoround import pipeline
+from autoround.models import Call, Samples
+from autoround.options import build_recipe
+from autoround.stages import BlockTask, Feedback, Kept, LayerTask, Measure, Search
+from autoround.stages.inputs import dataflow, gain, moments
+from autoround.stages.quadratic import Grid, damped, descend, feedback, refit
+
+PGDOC = Path(__file__).parents[2] / "benchmarks/models/pgdoc"
+SPECS = ["s2:g16:f16", "s4:g32:f16", "u3:g16:f16:int", "s3:g0:f16", "u2:g24:f16:int"]
+
+
+def problem(spec: hal.Spec, n: int = 5, k: int = 40) -> tuple[Tensor, Tensor, Grid]:
+    """A weight, the second moment of correlated inputs, and a searched grid."""
+    random = torch.Generator().manual_seed(3)
+    t = torch.randn(n, k, generator=random)
+    x = torch.randn(200, k, generator=random) @ torch.randn(k, k, generator=random)
+    h = x.t() @ x
+    params = hal.search(t, spec, importance=h.diagonal().contiguous(), grid=40)
+    return t, h, Grid.of(t, params, spec)
+
+
+def cost(q: Tensor, t: Tensor, h: Tensor) -> float:
+    e = (q - t).double()
+    return float(torch.trace(e @ h.double() @ e.t()))
+
+
+@pytest.fixture(params=SPECS, ids=str)
+def spec(request: pytest.FixtureRequest) -> hal.Spec:
+    return hal.Spec.parse(request.param)
+
+
+# ---- the quadratic ---------------------------------------------------------------------------
+
+
+def test_params_mean_their_grid_exactly(spec: hal.Spec) -> None:
+    t, _, grid = problem(spec)
+    parts = hal.quantize(t, grid.params(), spec).parts
+    assert torch.equal(parts["scale"].float(), grid.scale)
+    if "zero" in parts:
+        assert torch.equal(parts["zero"].float(), grid.zero)
+    on_grid = torch.stack([grid.round(t[:, j], j) for j in range(t.shape[1])], 1)
+    assert torch.equal(hal.qdq(t, grid.params(), spec), on_grid)
+    assert torch.equal(hal.qdq(on_grid, grid.params(), spec), on_grid)
+
+
+def test_feedback_equals_eliminating_one_column_at_a_time(spec: hal.Spec) -> None:
+    """Optimal brain surgeon by the book: after each column, the inverse of what is left (f64)."""
+    t, h, grid = problem(spec)
+    left, inverse = t.double(), torch.linalg.inv(damped(h, 0.01))
+    want = torch.empty_like(t)
+    for j in range(t.shape[1]):
+        want[:, j] = grid.round(left[:, j].float(), j)
+        error = (left[:, j] - want[:, j].double()) / inverse[j, j]
+        left -= error[:, None] * inverse[j]
+        inverse = inverse - inverse[:, j : j + 1] * inverse[j : j + 1] / inverse[j, j]
+    differs = feedback(t, h, grid, 0.01) != want
+    assert differs.float().mean() < 0.02  # ties that f32 and f64 break differently
+
+
+def test_descent_ends_where_no_single_level_helps(spec: hal.Spec) -> None:
+    t, h, grid = problem(spec, n=3, k=24)
+    q = feedback(t, h, grid, 0.01)
+    costs = [cost(q, t, h)]
+    for _ in range(12):
+        q = descend(q, t, h, grid)
+        costs.append(cost(q, t, h))
+    assert all(b <= a * (1 + 1e-5) for a, b in pairwise(costs))
+    levels = torch.arange(spec.max_level + 1)
+    for j in range(t.shape[1]):
+        g = j // spec.width(t.shape[1])
+        for level in levels:
+            other = q.clone()
+            other[:, j] = grid.scale[:, g] * (level - grid.zero[:, g])
+            assert cost(other, t, h) >= costs[-1] * (1 - 1e-5)
+
+
+def test_refit_is_least_squares(spec: hal.Spec) -> None:
+    t, h, grid = problem(spec)
+    q = feedback(t, h, grid, 0.01)
+    new_q, new = refit(q, t, h, grid)
+    assert cost(new_q, t, h) < cost(q, t, h)
+    width, k = spec.width(t.shape[1]), t.shape[1]
+    root = torch.linalg.cholesky(h.double())
+    for row in range(len(t)):
+        codes = (q[row].double() / grid.spread(grid.scale)[row].double()).round()
+        by_group = torch.zeros(k, new.scale.shape[1], dtype=torch.float64)
+        by_group[torch.arange(k), torch.arange(k) // width] = codes
+        best = torch.linalg.lstsq(root.t() @ by_group, root.t() @ t[row].double()).solution
+        least = cost((by_group @ best)[None].float(), t[row : row + 1], h)
+        found = cost(new_q[row : row + 1], t[row : row + 1], h)
+        assert found <= least * 1.02 + 1e-6  # the ridge and the f16 of a stored scale
+    assert torch.equal(hal.qdq(new_q, new.params(), spec), new_q)
+
+
+# ---- in a block ------------------------------------------------------------------------------
+
+H, INNER, COUNT = 32, 64, 16
+
+
+class Block(nn.Module):
+    """Two residual branches, the second with a layer of two users; optionally a norm at the end."""
+
+    def __init__(self, scale_after: float = 1.0) -> None:
+        super().__init__()
+        self.mix = nn.Linear(H, H, bias=False)
+        self.gate, self.up = nn.Linear(H, INNER), nn.Linear(H, INNER, bias=False)
+        self.down = nn.Linear(INNER, H)
+        self.scale_after = scale_after
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor]:
+        x = hidden_states + self.mix(hidden_states.roll(1, 1))
+        inner = torch.nn.functional.layer_norm(x, (H,))
+        x = x + self.down(torch.sigmoid(self.gate(inner)) * self.up(inner))
+        return (x * self.scale_after,)
+
+
+def case(block: Block, noise: float = 0.1, held: int = 2) -> BlockTask:
+    """The block as a task, its quantized chain a noisy copy of the float one."""
+    random = torch.Generator().manual_seed(1)
+    shape = (COUNT, 24, H)
+    xs = torch.randn(shape, generator=random) @ torch.randn(H, H, generator=random) / H**0.5
+    errors = noise * torch.randn(shape, generator=random) + noise * xs.roll(1, 2)
+    spec = hal.Spec.parse("s3:g16:f16")
+    layers = {
+        f"{name}.weight": LayerTask(spec, m.weight.detach().clone(), lambda m: m)
+        for name, m in block.named_children()
+    }
+    task = BlockTask(0, block, layers, contextlib.nullcontext)
+    task.floats = Samples({i: Call((x[None],), {}) for i, x in enumerate(xs)})
+    task.x = Samples({i: Call((x[None],), {}) for i, x in enumerate(xs + errors)})
+    task.y = {i: block(x[None])[0].detach() for i, x in enumerate(xs)}
+    task.held = tuple(range(COUNT - held, COUNT))
+    return task
+
+
+@pytest.fixture
+def block() -> Block:
+    torch.manual_seed(5)
+    return Block().eval().requires_grad_(False)
+
+
+def test_layers_in_the_order_of_their_use(block: Block) -> None:
+    task = case(block)
+    assert dataflow(task, (0, 1)) == [
+        ["mix.weight"], ["gate.weight", "up.weight"], ["down.weight"]
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("after", [1.0, 0.25])
+def test_gain_of_what_adds_to_the_residual(after: float) -> None:
+    torch.manual_seed(5)
+    task = case(Block(after).eval().requires_grad_(False))
+    tied = gain(task, "down.weight", {}, (0,))
+    assert tied is not None
+    assert torch.allclose(tied, torch.full_like(tied, after), rtol=1e-3)
+    assert gain(task, "mix.weight", {}, (0,)) is not None
+    assert gain(task, "gate.weight", {}, (0,)) is None
+
+
+def test_moments_are_those_of_the_inputs(block: Block) -> None:
+    task = case(block)
+    assert task.x is not None
+    assert task.floats is not None
+    batches = task.x.batches(task.seen, 4)
+
+    def inputs(samples: Any) -> Tensor:
+        x = torch.cat([samples.call(i).hidden[0] for i in task.seen]).double()
+        return x.view(-1, 24, H).roll(1, 1).flatten(0, 1)
+
+    x, f = inputs(task.x), inputs(task.floats)
+    plain = moments(task, "mix.weight", {}, batches, None)
+    assert plain is not None
+    close = {"rtol": 0.02, "atol": 0.02 * float((x.t() @ x).diagonal().mean())}
+    assert torch.allclose(plain.h.double(), x.t() @ x, **close)
+    assert torch.allclose(plain.miss.double(), (f - x).t() @ x, **close)
+    lacking = moments(task, "mix.weight", {}, batches, torch.full((H,), 2.0))
+    assert lacking is not None
+    call = task.x.gather(task.seen)
+    error = torch.cat([task.y[i] for i in task.seen]) - block(*call.args)[0]  # type: ignore[index]
+    want = (error.flatten(0, 1).double() / 2).t() @ x
+    assert torch.allclose(lacking.miss.double(), want, **close)
+
+
+def test_closed_form_beats_rounding_on_held_out_samples(block: Block) -> None:
+    task = case(block)
+    Search().run(task)
+    Measure("rtn", 4).run(task)
+    Feedback(4).run(task)
+    Measure("closed", 4).run(task)
+    assert task.report["closed"] < 0.7 * task.report["rtn"]
+    assert set(task.fixed) == set(task.layers)
+    for name, layer in task.layers.items():
+        assert torch.equal(task.fixed[name], hal.qdq(layer.w, layer.ready, layer.spec))
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_a_stage_is_kept_only_where_held_out_loss_falls(block: Block, better: bool) -> None:
+    class Ruin:
+        def run(self, task: BlockTask) -> None:
+            for name, layer in task.layers.items():
+                layer.w = torch.zeros_like(layer.w)
+                layer.params = hal.search(layer.w, layer.spec)
+                task.fixed[name] = layer.w
+
+    task = case(block)
+    Search().run(task)
+    Measure("start", 4).run(task)
+    before = {name: (layer.w, layer.params) for name, layer in task.layers.items()}
+    Kept(Feedback(4) if better else Ruin(), "start", 4).run(task)
+    assert bool(task.fixed) is better
+    for name, layer in task.layers.items():
+        assert (layer.w is before[name][0] and layer.params is before[name][1]) is not better
+
+
+# ---- in the pipeline -------------------------------------------------------------------------
+
+
+def made(source: Path, output: Path, threads: int = 0, **changes: Any) -> pipeline.Run:
+    small: Mapping[str, Any] = {"group_size": 32, "nsamples": 32, "seqlen": 64}
+    recipe = build_recipe("autoround", {**small, **changes})
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        return pipeline.quantize(recipe, pipeline.Source(source, torch.device("cpu")), output)
+    finally:
+        torch.set_num_threads(before)
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("changes", [{"bits": 4}, {"bits": 2, "sym": False}], ids=str)
+def test_better_than_rounding_on_a_trained_model(tmp_path: Path, changes: dict[str, Any]) -> None:
+    run = made(PGDOC, tmp_path / "one", **changes)
+    for block in run.blocks:
+        assert 0 < block.loss < 0.95 * block.loss_rtn
+    if run.plan.base.sym:
+        made(PGDOC, tmp_path / "two", **changes)
+        assert digest(tmp_path / "one") == digest(tmp_path / "two")
+
+
+def test_fused_experts_are_left_to_steps(tmp_path: Path) -> None:
+    """No module receives an expert's own tokens: SignRound takes those weights, and those alone."""
+    source = zoo.save("mixtral", tmp_path / "mixtral", "5GB")
+    ids = torch.randint(0, 90, (8, 16), generator=torch.Generator().manual_seed(0))
+    recipe = build_recipe(
+        "autoround", {"iters": 4, "nsamples": 8, "seqlen": 16, "group_size": 32, "lr": 0.05}
+    )
+    told: list[int] = []
+
+    class Watch(pipeline.Silent):
+        def step(self, t: int, loss: float) -> None:
+            told.append(t)
+
+    where = pipeline.Source(source, torch.device("cpu"))
+    run = pipeline.quantize(
+        recipe, where, tmp_path / "out", dataset=[row.tolist() for row in ids], progress=Watch()
+    )
+    assert told == [0, 1, 2, 3] * len(run.blocks)
