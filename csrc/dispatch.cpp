@@ -54,7 +54,8 @@ Features features() {
   f.avx2 = has(b, 5, 8);                                                       // avx2 bmi2
   if (!f.avx2 || (state & 0xe6) != 0xe6) return f;                             // opmask, zmm
   f.avx512 = has(b, 16, 17, 30, 31);                                           // f dq bw vl
-  const bool byte_and_dot = has(c, 1, 11), tiles = has(d, 22, 24);  // vbmi vnni; amx bf16 tile
+  const bool byte_and_dot = has(c, 1, 11);        // vbmi vnni
+  const bool tiles = has(d, 22, 23, 24, 25);       // amx bf16, f16 of avx512, amx tile, amx int8
   f.avx512vnni = f.avx512 && byte_and_dot && __get_cpuid_count(7, 1, &a, &b, &c, &d) && has(a, 5);
   f.amx = f.avx512vnni && tiles && (state & 0x60000) == 0x60000 && tiles_granted();
   return f;  // leaf 7.1 eax bit 5: bf16

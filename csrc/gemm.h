@@ -19,7 +19,7 @@ const int MR = 6, NV = 1;
 const int MR = 2, NV = 1;
 #endif
 const int64_t CHUNK = 64;   // inputs decoded at once: 16 KB of f32
-const int64_t M_BLOCK = 192;  // rows per pass over a tile: their sums take 48 KB of L2
+const int64_t M_BLOCK = 128;  // rows per pass over a tile: their sums take 32 KB
 
 // The step of 8 inputs a kilobyte ahead: as far as one core sees to it that loads of the L3 overlap; at
 // 4 KB products were 5 to 40 % slower.

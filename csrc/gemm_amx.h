@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// AMX: 16 rows of x times 32 inputs times 16 columns in one instruction.
+// AMX: 16 rows of x times 64 bytes of inputs times 16 columns in one instruction; codes as bytes that
+// meet s8 digits of x, or as bf16.
+//
+// While the matrix unit multiplies one operand of rows, the core unpacks the next chunk of the weight and
+// scales the sums of the operand before. One after the other took 1.4 to 3 times as long.
 #pragma once
 #include "gemm_bf16.h"
+#include "gemm_s8.h"
 
 namespace {
 
-// The decoded chunk is already in
-// its operand order. tmm0-3: sums of 16 x 64; tmm4: x; tmm5, 6: weights, in turn.
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -16,348 +19,331 @@ struct alignas(64) TileConfig {
 // In memory of its own: GCC 12 takes _tile_loadconfig to read 8 bytes only, and drops the others.
 const TileConfig TILE_CONFIG;
 
-static void begin_amx() { _tile_loadconfig(&TILE_CONFIG); }
-
 static void end_amx() { _tile_release(); }
 
-HAL_INLINE void multiply_amx(const uint16_t* x, const __m512i* t, int64_t inputs, float* out) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t k = 0; k < inputs; k += 32, t += 64, x += 512) {
-    _tile_loadd(4, x, 64);
-    _tile_loadd(5, t, 256);
-    _tile_loadd(6, t + 1, 256);
-    _tile_dpbf16ps(0, 4, 5);
-    _tile_loadd(5, t + 2, 256);
-    _tile_dpbf16ps(1, 4, 6);
-    _tile_loadd(6, t + 3, 256);
-    _tile_dpbf16ps(2, 4, 5);
-    _tile_dpbf16ps(3, 4, 6);
-  }
-  _tile_stored(0, out, 256);
-  _tile_stored(1, out + 16, 256);
-  _tile_stored(2, out + 32, 256);
-  _tile_stored(3, out + 48, 256);
-}
-
-// Sums of 16 rows in memory that are not scaled yet: a load right behind a tile store waits for it, so
-// every block is added while the next one is multiplied.
-struct Pending {
-  alignas(64) float acc[2][16 * TILE];
-  int now = 0;
-  int64_t row = 0, rows = 0, g = 0;
-  bool last = false;  // takes the zero points off
+// Sums of 16 rows x 64 columns in memory: i32 of digits, f32 of bf16. They are scaled during the next
+// product: a load right behind a tile store waits for it.
+struct TileSums {
+  alignas(64) int32_t acc[16 * TILE];
+  const Columns* columns;
+  int64_t row = 0, rows = 0, g, chunk;
 };
 
-static void add_pending(const HalGemm& a, int64_t tile, int64_t first, const Pending& p,
-                        float* sums) {
-  if (!p.rows) return;
-  const Columns columns = columns_of(a.w, tile, p.g);
-  const float* xsum = a.w.zero && p.last ? group_sums<PanelX>(a) + p.g : nullptr;
-  for (int64_t r = 0; r < p.rows; r++) {
-    vf own[4];
-    for (int v = 0; v < 4; v++) own[v] = load<HAL_F32>(p.acc[p.now ^ 1] + r * TILE + 16 * v);
-    const float* of_row = xsum ? xsum + (p.row + r) * a.w.s.groups : nullptr;
-    add_scaled(columns, of_row, own, sums + (p.row + r - first) * TILE);
-  }
-}
+// tmm0-3 take the sums of 64 columns, x is tmm4, the columns at t, t + next .. are tmm6 and 7 in turn.
+#define HAL_FOUR_COLUMNS(dot)       \
+  _tile_loadd(6, t, 64);            \
+  dot(0, 4, 6);                     \
+  _tile_loadd(7, t + next, 64);     \
+  dot(1, 4, 7);                     \
+  _tile_loadd(6, t + 2 * next, 64); \
+  dot(2, 4, 6);                     \
+  _tile_loadd(7, t + 3 * next, 64); \
+  dot(3, 4, 7)
 
-// The block in acc[now] becomes the pending one, after the one before it was added.
-HAL_INLINE void push(const HalGemm& a, int64_t tile, int64_t first, int64_t row, int64_t rows,
-                     int64_t g, bool last, float* sums, Pending& p) {
-  add_pending(a, tile, first, p, sums);
-  p.row = row;
-  p.rows = rows;
-  p.g = g;
-  p.last = last;
-  p.now ^= 1;
-}
+// ---- digits: one operand holds 64 inputs of 16, 5 or 4 rows of x, a row for each digit
 
-static void block_amx(const HalGemm& a, int64_t tile, int64_t row, int64_t rows, float* sums) {
-  const HalTiles& w = a.w;
-  Pending pending;
-  each_chunk(w, tile, [&](int64_t g, int64_t i, int64_t n, const __m512i* t, bool last) {
-    for (int p = 0; p < PanelX::pieces(a); p++) {
-      for (int64_t m = 0; m < rows; m += 16) {
-        const uint16_t* x = piece<PanelX>(a, p) + PanelX::at(w, row + m, g, i);
-        multiply_amx(x, t, n, pending.acc[pending.now]);
-        const int64_t some = rows - m < 16 ? rows - m : 16;
-        push(a, tile, row, row + m, some, g, last && p == 0, sums, pending);
-      }
-    }
-  });
-  add_pending(a, tile, row, pending, sums);
-}
-
-// Up to 16 rows: decoding is most of the work. 32 inputs of four tiles are decoded by the vector
-// units while the matrix unit multiplies the 32 before them. Codes wider than five bits are two
-// nibbles with a table each, multiplied one after the other.
-template <int B>
-HAL_INLINE void decode_amx(const uint8_t* in, int64_t inputs, __m512i low, __m512i high,
-                           const Unpack& u, __m512i* t) {
-  for (int64_t k = 0; k < inputs; k += 8, in += 64 * B, t += 4) {
-    prefetch_step<B>(in);
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; v++) {
-      __m512i* out = t + 16 * v;
-      if (B == 4) {
-        const __m512i c = _mm512_loadu_si512(in + 64 * v);
-        out[0] = _mm512_permutexvar_epi16(c, low);
-        out[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(c, 4), low);
-        out[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(c, 8), low);
-        out[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(c, 12), low);
-        continue;
-      }
-#pragma GCC unroll 2
-      for (int h = 0; h < 2; h++) {
-        const __m512i c = unpack(u, in + (2 * v + h) * 8 * B);
-        out[h] = _mm512_permutexvar_epi16(c, low);
-        out[2 + h] = _mm512_permutexvar_epi16(_mm512_srli_epi16(c, 8), low);
-        if (B <= 5) continue;
-        out[64 + h] = _mm512_permutexvar_epi16(_mm512_srli_epi16(c, 4), high);
-        out[66 + h] = _mm512_permutexvar_epi16(_mm512_srli_epi16(c, 12), high);
-      }
-    }
-  }
-}
-
-HAL_INLINE void multiply_decoded(const __m512i* t, int pieces) {
-  _tile_loadd(7, t, 64);
-  _tile_dpbf16ps(0, 4, 7);
-  if (pieces > 1) _tile_dpbf16ps(0, 5, 7);
-  if (pieces > 2) _tile_dpbf16ps(0, 6, 7);
-  _tile_loadd(7, t + 16, 64);
-  _tile_dpbf16ps(1, 4, 7);
-  if (pieces > 1) _tile_dpbf16ps(1, 5, 7);
-  if (pieces > 2) _tile_dpbf16ps(1, 6, 7);
-  _tile_loadd(7, t + 32, 64);
-  _tile_dpbf16ps(2, 4, 7);
-  if (pieces > 1) _tile_dpbf16ps(2, 5, 7);
-  if (pieces > 2) _tile_dpbf16ps(2, 6, 7);
-  _tile_loadd(7, t + 48, 64);
-  _tile_dpbf16ps(3, 4, 7);
-  if (pieces > 1) _tile_dpbf16ps(3, 5, 7);
-  if (pieces > 2) _tile_dpbf16ps(3, 6, 7);
-}
-
-template <int B>
-static void few_amx(const HalGemm& a, int64_t tile, int64_t row, int64_t rows, float* sums) {
-  const HalTiles& w = a.w;
-  const bool two = B > 5;
-  const __m512i low = two ? nibble_table(1, 0) : small_table(w);
-  const __m512i high = nibble_table(16, w.zero ? 0 : 1 << (B - 1));
-  const Unpack u = unpack_of(B);
-  const int pieces = PanelX::pieces(a);
-  const uint8_t* in = tile_codes(w, tile, 0);
-  Pending pending;
-  TileConfig config;
-  for (int i = 0; i < 7; i++) config.rows[i] = (uint8_t)rows;
-  _tile_loadconfig(&config);
-  // Rows past a group's last input keep older numbers, and meet zeros in x.
-  const int64_t half = two ? 128 : 64;
-  __m512i t[2 * 128] = {};
-  int now = 0;
-  const auto inputs_of = [&](int64_t g) { return g < w.s.groups ? padded(group_inputs(w.s, g)) : 0; };
-  const auto decode = [&](int64_t inputs, int to) __attribute__((always_inline)) {
-    decode_amx<B>(in, inputs, low, high, u, t + to * half);
-    in += inputs * 8 * B;
-  };
-  const auto at_most_32 = [](int64_t n) { return n < 32 ? n : 32; };
-  decode(at_most_32(inputs_of(0)), 0);
-  for (int64_t g = 0; g < w.s.groups; g++) {
-    const int64_t inputs = inputs_of(g);
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t i = 0; i < inputs; i += 32) {
-      const int64_t at = PanelX::at(w, row, g, i);
-      _tile_loadd(4, piece<PanelX>(a, 0) + at, 64);
-      if (pieces > 1) _tile_loadd(5, piece<PanelX>(a, 1) + at, 64);
-      if (pieces > 2) _tile_loadd(6, piece<PanelX>(a, 2) + at, 64);
-      multiply_decoded(t + now * half, pieces);
-      if (two) multiply_decoded(t + now * half + 64, pieces);
-      now ^= 1;
-      decode(at_most_32(i + 32 < inputs ? inputs - i - 32 : inputs_of(g + 1)), now);
-    }
-    float* acc = pending.acc[pending.now];
-    _tile_stored(0, acc, 256);
-    _tile_stored(1, acc + 16, 256);
-    _tile_stored(2, acc + 32, 256);
-    _tile_stored(3, acc + 48, 256);
-    push(a, tile, row, row, rows, g, true, sums, pending);
-  }
-  add_pending(a, tile, row, pending, sums);
-}
-
-const decltype(Path::block) FEW_AMX[] = {few_amx<2>, few_amx<3>, few_amx<4>, few_amx<5>,
-                                         few_amx<6>, few_amx<7>, few_amx<8>};
-
-// Digits as AMX operands of 16 rows x 64 inputs, 1 KB; a chunk takes one or two of them. A row of x
-// takes as many rows as it has digits, so an operand holds 16, 5 or 4 rows of x.
+// Prepared digits: operands of 1 KB, [operands of a row, rows of operands].
 struct TileDigits {
-  static int64_t tiles_of(int64_t inputs) { return (inputs + 63) / 64; }
-  static int64_t row_tiles(const HalTiles& w) {
-    return (w.s.groups - 1) * tiles_of(w.s.width) + tiles_of(group_inputs(w.s, w.s.groups - 1));
+  static int64_t operands(int64_t inputs) { return (inputs + 63) / 64; }
+  static int64_t row_operands(const HalTiles& w) {
+    return (w.s.groups - 1) * operands(w.s.width) + operands(group_inputs(w.s, w.s.groups - 1));
   }
   static int64_t size(const HalGemm& a) {
     const int rows = 16 / digits_of(a);
-    return (a.m + rows - 1) / rows * row_tiles(a.w) * 1024;
+    return (a.m + rows - 1) / rows * row_operands(a.w) * 1024;
   }
   // In the order of an unpacked chunk: inputs 0-3 of every eight, then 4-7 of every eight; each in an
   // operand of its own when there are more than 64.
-  static void put(const HalTiles& w, int digits, int64_t r, int p, const Chunk& c, const int8_t* in,
+  static void put(const HalGemm& a, int digits, int64_t r, int p, const Chunk& c, const int8_t* in,
                   int8_t* out) {
     const int rows = 16 / digits;
-    const int64_t tile = r / rows * row_tiles(w) + c.g * tiles_of(w.s.width) + c.i / 64;
-    out += tile * 1024 + (r % rows * digits + p) * 64;
-    const __m512i a = _mm512_loadu_si512(in), b = _mm512_loadu_si512(in + 64);
+    const int64_t all = (a.m + rows - 1) / rows;
+    const int64_t operand = c.g * operands(a.w.s.width) + c.i / 64;
+    out += (operand * all + r / rows) * 1024 + (r % rows * digits + p) * 64;
+    const __m512i low = _mm512_loadu_si512(in), high = _mm512_loadu_si512(in + 64);
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const __m512i first = _mm512_permutex2var_epi32(a, even, b);
-    const __m512i second = _mm512_permutex2var_epi32(a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    const __m512i first = _mm512_permutex2var_epi32(low, even, high);
+    const __m512i second = _mm512_permutex2var_epi32(low, odd, high);
     if (c.n > 64) {
       _mm512_storeu_si512(out, first);
-      _mm512_storeu_si512(out + 1024, second);
+      _mm512_storeu_si512(out + all * 1024, second);
       return;
     }
-    const int64_t half = c.n / 2;
-    alignas(64) int8_t both[128] = {};
+    alignas(64) int8_t both[128];
     _mm512_storeu_si512(both, first);
-    _mm512_storeu_si512(both + half, second);  // at most 32 bytes of it are not zero
+    _mm512_storeu_si512(both + c.n / 2, second);
     _mm512_storeu_si512(out, _mm512_load_si512(both));
   }
 };
 
-// Steps from .. to (of 8 inputs) of a chunk of a tile as bytes: t[v][inputs 0-3 of every step, then 4-7
-// of every step], rows of 64 bytes.
-template <int B>
-HAL_INLINE void unpack_steps(const uint8_t* in, int64_t from, int64_t to, int64_t steps,
-                             const Unpack& u, __m512i* t) {
-  const __m512i nibble = _mm512_set1_epi8(15);
-  in += from * 64 * B;
-  for (int64_t i = from; i < to; i++, in += 64 * B) {
-    prefetch_step<B>(in);
+template <int P, int B>
+struct DigitTiles {
+  static const int ROWS = 16 / P, COLUMN = 2 * X_CHUNK / 8;  // vectors of an unpacked column
+  const HalTiles& w;
+  Digits x;
+  Unpack u;
+
+  explicit DigitTiles(const HalGemm& a) : w(a.w), x(digits_in<TileDigits>(a)), u(unpack_of(B)) {}
+
+  const void* operand(int64_t i) const { return x.digits + i * 1024; }
+  static int64_t operands(int64_t inputs) { return TileDigits::operands(inputs); }
+  static int64_t first(int64_t inputs, int64_t operand) { return inputs / 8 * operand; }
+
+  // Steps (of 8 inputs) of a chunk as bytes: inputs 0-3 of every step, then 4-7 of every step. What is
+  // behind the last one meets zeros in x.
+  HAL_MEMBER void unpack_steps(const uint8_t* in, int64_t from, int64_t to, int64_t steps,
+                               __m512i* t) const {
+    const __m512i nibble = _mm512_set1_epi8(15);
+    in += from * 64 * B;
+    for (int64_t i = from; i < to; i++, in += 64 * B) {
+      prefetch_step<B>(in);
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; v++) {
-      __m512i* out = t + 32 * v + i;
-      if (B == 4) {
-        const __m512i c = _mm512_loadu_si512(in + 64 * v);
-        out[0] = _mm512_and_si512(c, nibble);
-        out[steps] = _mm512_and_si512(_mm512_srli_epi16(c, 4), nibble);
-      } else {
-        out[0] = unpack(u, in + 2 * v * 8 * B);
-        out[steps] = unpack(u, in + (2 * v + 1) * 8 * B);
+      for (int v = 0; v < 4; v++) {
+        __m512i* out = t + COLUMN * v + i;
+        if (B == 4) {
+          const __m512i c = _mm512_loadu_si512(in + 64 * v);
+          out[0] = _mm512_and_si512(c, nibble);
+          out[steps] = _mm512_and_si512(_mm512_srli_epi16(c, 4), nibble);
+        } else {
+          out[0] = unpack(u, in + 2 * v * 8 * B);
+          out[steps] = unpack(u, in + (2 * v + 1) * 8 * B);
+        }
       }
     }
   }
-}
 
-// x: one or two operands; t: an unpacked chunk. Sums of 16 x 64 go to `out`. Calls between(v), 0 .. 3,
-// with other work for the core while the matrix unit multiplies: one step after the other it was 1.4
-// times slower, because nobody asked for memory during the products.
-template <class Between>
-HAL_INLINE void multiply_s8(const int8_t* x, const __m512i* t, int64_t inputs, int32_t* out,
-                            Between between) {
-  const bool two = inputs > 64;
-  const __m512i* high = t + inputs / 8;
-  _tile_loadd(4, x, 64);
-  if (two) _tile_loadd(5, x + 1024, 64);
-#define HAL_COLUMNS(v)                \
-  _tile_zero(v);                      \
-  _tile_loadd(6, t + 32 * v, 64);     \
-  _tile_dpbsud(v, 4, 6);              \
-  if (two) {                          \
-    _tile_loadd(7, high + 32 * v, 64); \
-    _tile_dpbsud(v, 5, 7);            \
+  HAL_MEMBER void multiply(const void* x, const __m512i* t) const {
+    const int64_t next = COLUMN;
+    _tile_loadd(4, x, 64);
+    HAL_FOUR_COLUMNS(_tile_dpbsud);
   }
-  HAL_COLUMNS(0)
-  between(0);
-  HAL_COLUMNS(1)
-  between(1);
-  HAL_COLUMNS(2)
-  between(2);
-  HAL_COLUMNS(3)
-#undef HAL_COLUMNS
-  _tile_stored(0, out, 256);
-  _tile_stored(1, out + 16, 256);
-  between(3);
-  _tile_stored(2, out + 32, 256);
-  _tile_stored(3, out + 48, 256);
-}
 
-// The sums of one multiply_s8. They are scaled during the next one: a load right behind a tile store
-// waits for it.
-struct DigitSums {
-  alignas(64) int32_t acc[16 * TILE];
-  Chunk chunk;
-  int64_t row = 0, rows = 0;
+  template <bool ZERO>
+  HAL_MEMBER void scale_rows(const TileSums& d, int64_t from, int64_t to, float* sums) const {
+    const Columns c = *d.columns;
+    const Digits own = x;
+    for (int64_t r = from; r < to; r++) {
+      const RowOfDigits<P> row(own, d.row + r, d.g, d.chunk);
+      const int32_t* acc = d.acc + r * P * TILE;
+      vf y[4];
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; v++) {
+        __m512i dots[P];
+        for (int p = 0; p < P; p++) dots[p] = _mm512_load_si512(acc + p * TILE + 16 * v);
+        y[v] = row.template add<ZERO>(dots, c.scale[v], c.zero[v], load<HAL_F32>(sums + r * TILE + 16 * v));
+      }
+      for (int v = 0; v < 4; v++) store<HAL_F32>(sums + r * TILE + 16 * v, y[v]);
+    }
+  }
+
+  HAL_MEMBER void scale(const TileSums& d, int64_t from, int64_t to, float* sums) const {
+    if (w.zero) scale_rows<true>(d, from, to, sums);
+    else scale_rows<false>(d, from, to, sums);
+  }
 };
 
-// 16 columns from 16 * v on.
-template <int P>
-HAL_INLINE void scale_digits(const HalTiles& w, const Digits& x, int64_t tile, const DigitSums& d,
-                             int v, float* sums) {
-  if (!d.rows) return;
-  const vf scale = scale_of(w, tile, d.chunk.g, v), zero = zero_of(w, tile, d.chunk.g, v);
-  for (int64_t r = 0; r < d.rows; r++) {
-    __m512i dots[P];
-    for (int p = 0; p < P; p++) {
-      dots[p] = _mm512_load_si512(d.acc + (r * P + p) * TILE + 16 * v);
-    }
-    add_digits<P>(w, x, d.row + r, d.chunk, scale, zero, dots, sums + r * TILE + 16 * v);
+// ---- bf16: one operand holds 32 inputs of 16 rows of x
+
+// Prepared x: operands of 1 KB, [operands of a row, rows / 16]. f16 is a sum of two bf16 (11 bits of 16),
+// f32 of three (24 of 24): a second and a third matrix.
+struct TileX {
+  static int64_t operands(int64_t inputs) { return (padded(inputs) + 31) / 32; }
+  static int64_t row_operands(const HalTiles& w) {
+    return (w.s.groups - 1) * operands(w.s.width) + operands(group_inputs(w.s, w.s.groups - 1));
   }
+  static int64_t at(const HalGemm& a, int64_t r, const Chunk& c, int64_t i) {
+    const int64_t operand = c.g * operands(a.w.s.width) + (c.i + i) / 32;
+    return (operand * ((a.m + 15) / 16) + r / 16) * 512 + r % 16 * 32;
+  }
+  static int64_t end(int64_t n) { return (n + 31) & ~(int64_t)31; }
+  static int64_t size(const HalGemm& a) { return (a.m + 15) / 16 * row_operands(a.w) * 512; }
+  static int pieces(const HalGemm& a) {
+    return a.w.s.dtype == HAL_BF16 ? 1 : a.w.s.dtype == HAL_F16 ? 2 : 3;
+  }
+};
+
+// bf16 of the low bytes of 16-bit lanes, minus center. A whole number up to 255 is an f16 whose last
+// three bits are 0; without them, and with 112 added to the exponent, it is a bf16.
+HAL_INLINE __m512i bf16_of(__m512i codes, __m512i center) {
+  const __m512i n = _mm512_sub_epi16(codes, center);
+  const __m512i half = _mm512_castph_si512(_mm512_cvtepi16_ph(n));
+  const __m512i moved = _mm512_and_si512(_mm512_srai_epi16(half, 3), _mm512_set1_epi16((short)0x8fff));
+  return _mm512_maskz_add_epi16(_mm512_test_epi16_mask(n, n), moved, _mm512_set1_epi16(0x3800));
+}
+
+template <int PIECES, int B>
+struct Bf16Tiles {
+  static const int ROWS = 16, COLUMN = X_CHUNK / 2;
+  const HalTiles& w;
+  const uint16_t* x;
+  const float* xsum;
+  int64_t size, chunks;
+  Unpack u;
+  __m512i table, center;
+
+  explicit Bf16Tiles(const HalGemm& a)
+      : w(a.w), x(piece<TileX>(a, 0)), xsum(chunk_sums<TileX>(a)), size(TileX::size(a)),
+        chunks(row_chunks(a.w)), u(unpack_of(B)), table(small_table(a.w)),
+        center(_mm512_set1_epi16(a.w.zero ? 0 : 1 << (B - 1))) {}
+
+  const void* operand(int64_t i) const { return x + i * 512; }
+  static int64_t operands(int64_t inputs) { return TileX::operands(inputs); }
+  static int64_t first(int64_t, int64_t operand) { return 16 * operand; }
+
+  // Steps of a chunk as pairs in the order of prepared x, zeros behind the last.
+  HAL_MEMBER void unpack_steps(const uint8_t* in, int64_t from, int64_t to, int64_t steps,
+                               __m512i* t) const {
+    in += from * 64 * B;
+    const __m512i byte = _mm512_set1_epi16(255);
+    for (int64_t i = from; i < to; i++, in += 64 * B) {
+      prefetch_step<B>(in);
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; v++) {
+        __m512i* out = t + COLUMN * v + 4 * i;
+        if (B == 4) {
+          const __m512i c = _mm512_loadu_si512(in + 64 * v);
+          out[0] = _mm512_permutexvar_epi16(c, table);
+          out[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(c, 4), table);
+          out[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(c, 8), table);
+          out[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(c, 12), table);
+          continue;
+        }
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; h++) {
+          const __m512i c = unpack(u, in + (2 * v + h) * 8 * B);
+          const __m512i odd = _mm512_srli_epi16(c, 8);
+          out[h] = B < 6 ? _mm512_permutexvar_epi16(c, table) : bf16_of(_mm512_and_si512(c, byte), center);
+          out[2 + h] = B < 6 ? _mm512_permutexvar_epi16(odd, table) : bf16_of(odd, center);
+        }
+      }
+    }
+    for (int64_t i = 4 * to; to == steps && i % 16; i++) {
+      for (int v = 0; v < 4; v++) t[COLUMN * v + i] = _mm512_setzero_si512();
+    }
+  }
+
+  HAL_MEMBER void multiply(const void* x, const __m512i* t) const {
+    const int64_t next = COLUMN;
+    _tile_loadd(4, x, 64);
+    HAL_FOUR_COLUMNS(_tile_dpbf16ps);
+    if (PIECES > 1) {
+      _tile_loadd(4, (const uint16_t*)x + size, 64);
+      HAL_FOUR_COLUMNS(_tile_dpbf16ps);
+    }
+    if (PIECES > 2) {
+      _tile_loadd(4, (const uint16_t*)x + 2 * size, 64);
+      HAL_FOUR_COLUMNS(_tile_dpbf16ps);
+    }
+  }
+
+  template <bool ZERO>
+  HAL_MEMBER void scale_rows(const TileSums& d, int64_t from, int64_t to, float* sums) const {
+    const Columns c = *d.columns;
+    const float* own = xsum + d.row * chunks + d.chunk;
+    const int64_t next = chunks;
+    for (int64_t r = from; r < to; r++) {
+      const vf sum = set1(ZERO ? own[r * next] : 0);
+      vf y[4];
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; v++) {
+        const vf acc = load<HAL_F32>((const float*)d.acc + r * TILE + 16 * v);
+        const vf dots = ZERO ? _mm512_fnmadd_ps(c.zero[v], sum, acc) : acc;
+        y[v] = fma(c.scale[v], dots, load<HAL_F32>(sums + r * TILE + 16 * v));
+      }
+      for (int v = 0; v < 4; v++) store<HAL_F32>(sums + r * TILE + 16 * v, y[v]);
+    }
+  }
+
+  HAL_MEMBER void scale(const TileSums& d, int64_t from, int64_t to, float* sums) const {
+    if (w.zero) scale_rows<true>(d, from, to, sums);
+    else scale_rows<false>(d, from, to, sums);
+  }
+};
+
+#undef HAL_FOUR_COLUMNS
+
+// ---- both
+
+template <class Tiles>
+static void block_amx(const HalGemm& a, int64_t tile, int64_t row, int64_t rows, float* sums) {
+  const HalTiles& w = a.w;
+  const Tiles tiles(a);
+  const int64_t R = Tiles::ROWS, all = (a.m + R - 1) / R;  // operands side by side
+  TileConfig config;
+  const int digits = 16 / (int)R;
+  for (int i = 0; i < 6; i++) config.rows[i] = (uint8_t)(rows < R ? rows * digits : 16);
+  _tile_loadconfig(&config);
+  alignas(64) __m512i t[2][4 * Tiles::COLUMN];
+  Columns columns[2];
+  TileSums done[2];
+  done[0].columns = done[1].columns = columns;
+  const auto scale = [&](const TileSums& d, int part) __attribute__((always_inline)) {
+    tiles.scale(d, d.rows * part / 4, d.rows * (part + 1) / 4, sums + (d.row - row) * TILE);
+  };
+  const uint8_t* in = tile_codes(w, tile, 0);
+  int64_t operand = row / R;
+  int now = 0, sum = 0;
+  Chunk c = first_chunk(w, 0);
+  tiles.unpack_steps(in, 0, c.n / 8, c.n / 8, t[0]);
+  for (; c.n; now ^= 1) {
+    in += c.n * 8 * w.s.bits;
+    const Chunk next = next_chunk(w, c);
+    const int64_t count = Tiles::operands(c.n), steps = next.n / 8;
+    columns[now] = columns_of(w, tile, c.g);
+    for (int64_t m = 0; m < rows; m += R, sum ^= 1) {
+      TileSums& d = done[sum];
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      int part = 0;
+      for (int64_t j = 0; j < count; j++) {
+        tiles.multiply(tiles.operand(operand + j * all + m / R), t[now] + Tiles::first(c.n, j));
+        for (; part * count < 4 * (j + 1); part++) {
+          if (m == 0) tiles.unpack_steps(in, steps * part / 4, steps * (part + 1) / 4, steps, t[now ^ 1]);
+          scale(done[sum ^ 1], part);
+        }
+      }
+      _tile_stored(0, d.acc, 256);
+      _tile_stored(1, d.acc + 16, 256);
+      _tile_stored(2, d.acc + 32, 256);
+      _tile_stored(3, d.acc + 48, 256);
+      d.columns = columns + now;
+      d.row = row + m;
+      d.rows = rows - m < R ? rows - m : R;
+      d.g = c.g;
+      d.chunk = c.index;
+    }
+    operand += count * all;
+    c = next;
+  }
+  for (int part = 0; part < 4; part++) scale(done[sum ^ 1], part);
 }
 
 template <int P, int B>
-struct TileProduct {
+struct DigitProduct {
   static void block(const HalGemm& a, int64_t tile, int64_t row, int64_t rows, float* sums) {
-    const HalTiles& w = a.w;
-    const Digits x = digits_in<TileDigits>(a);
-    const Unpack u = unpack_of(B);
-    const int64_t R = 16 / P, row_bytes = TileDigits::row_tiles(w) * 1024;
-    TileConfig config;
-    for (int i = 0; i < 6; i++) config.rows[i] = (uint8_t)(rows < R ? rows * P : 16);
-    _tile_loadconfig(&config);
-    DigitSums done[2];
-    // Rows past a chunk's last input keep older codes, and meet zeros in x.
-    alignas(64) __m512i t[2][4 * 32] = {};
-    const uint8_t* in = tile_codes(w, tile, 0);
-    const int8_t* xc = x.digits + row / R * row_bytes;
-    int now = 0, sum = 0;
-    Chunk c = first_chunk(w, 0);
-    unpack_steps<B>(in, 0, c.n / 8, c.n / 8, u, t[0]);
-    for (; c.n; now ^= 1) {
-      in += c.n * 8 * B;
-      const Chunk next = next_chunk(w, c);
-      const int64_t steps = next.n / 8;
-      for (int64_t m = 0; m < rows; m += R, sum ^= 1) {
-        const DigitSums& last = done[sum ^ 1];
-        const auto between = [&](int v) __attribute__((always_inline)) {
-          if (m == 0) {
-            unpack_steps<B>(in, steps * v / 4, steps * (v + 1) / 4, steps, u, t[now ^ 1]);
-          }
-          scale_digits<P>(w, x, tile, last, v, sums + (last.row - row) * TILE);
-        };
-        multiply_s8(xc + m / R * row_bytes, t[now], c.n, done[sum].acc, between);
-        done[sum].chunk = c;
-        done[sum].row = row + m;
-        done[sum].rows = rows - m < R ? rows - m : R;
-      }
-      xc += TileDigits::tiles_of(c.n) * 1024;
-      c = next;
-    }
-    const DigitSums& last = done[sum ^ 1];
-    for (int v = 0; v < 4; v++) {
-      scale_digits<P>(w, x, tile, last, v, sums + (last.row - row) * TILE);
-    }
+    block_amx<DigitTiles<P, B>>(a, tile, row, rows, sums);
   }
 };
 
-static Path amx_path(const HalGemm& a) {
-  const auto block = a.m <= 16 ? FEW_AMX[a.w.s.bits - 2] : block_amx;
-  return {block, prepare_bf16<PanelX>, size_bf16<PanelX>, a.m <= 16 ? nullptr : begin_amx, end_amx};
+static Path digits_amx(const HalGemm& a) {
+  Path path = digits_path<DigitProduct, TileDigits>(a);
+  path.end = end_amx;
+  return path;
+}
+
+static Path bf16_amx(const HalGemm& a) {
+  Path path = {nullptr, prepare_bf16<TileX>, size_bf16<TileX>, nullptr, end_amx};
+  by_bits(a.w.s.bits, [&](auto bits) {
+    constexpr int B = decltype(bits)::value;
+    const int pieces = TileX::pieces(a);
+    path.block = pieces == 1   ? block_amx<Bf16Tiles<1, B>>
+                 : pieces == 2 ? block_amx<Bf16Tiles<2, B>>
+                               : block_amx<Bf16Tiles<3, B>>;
+  });
+  return path;
 }
 
 }  // namespace

@@ -71,6 +71,50 @@ static void few_f32(const HalGemm& a, int64_t tile, int64_t row, int64_t rows, f
 
 #endif
 
+#if HAL_LEVEL >= HAL_LEVEL_AVX512VNNI
+
+// Groups are multiplied in chunks: 128 inputs of a tile are 8 KB as bytes and 16 KB as bf16, and sums
+// of 128 products of codes and digits stay below 2^22, exact in f32 too.
+const int64_t X_CHUNK = 128;
+
+HAL_INLINE int64_t chunks_of(int64_t inputs) { return (inputs + X_CHUNK - 1) / X_CHUNK; }
+
+HAL_INLINE int64_t row_chunks(const HalTiles& w) {
+  return (w.s.groups - 1) * chunks_of(w.s.width) + chunks_of(group_inputs(w.s, w.s.groups - 1));
+}
+
+// One chunk: of group g, from input i of it, n inputs with the padding, the index-th of a row.
+struct Chunk {
+  int64_t g, i, n, index;
+};
+
+HAL_INLINE Chunk first_chunk(const HalTiles& w, int64_t g) {
+  const int64_t inputs = g < w.s.groups ? padded(group_inputs(w.s, g)) : 0;
+  return {g, 0, inputs < X_CHUNK ? inputs : X_CHUNK, g * chunks_of(w.s.width)};
+}
+
+HAL_INLINE Chunk next_chunk(const HalTiles& w, const Chunk& c) {
+  const int64_t left = padded(group_inputs(w.s, c.g)) - c.i - c.n;
+  if (left == 0) return first_chunk(w, c.g + 1);
+  return {c.g, c.i + c.n, left < X_CHUNK ? left : X_CHUNK, c.index + 1};
+}
+
+// Scales and zero points of one group of a tile.
+struct Columns {
+  vf scale[4], zero[4];
+};
+
+HAL_INLINE Columns columns_of(const HalTiles& w, int64_t tile, int64_t g) {
+  Columns c;
+  for (int v = 0; v < 4; v++) {
+    c.scale[v] = scale_of(w, tile, g, v);
+    c.zero[v] = w.zero ? zero_of(w, tile, g, v) : set1(0);
+  }
+  return c;
+}
+
+#endif
+
 }  // namespace
 
 #if HAL_LEVEL >= HAL_LEVEL_AVX512VNNI
@@ -85,21 +129,16 @@ namespace {
 
 static Path path_of(const HalGemm& a) {
 #if HAL_LEVEL == HAL_LEVEL_AMX
-  // Up to two digits the vector units keep up with the memory.
+  // Up to two digits the vector units keep up with the memory; few rows of digits cost less unpacking.
   if (a.m * digits_of(a) <= 2) return digits_path<VectorProduct, RowDigits>(a);
-  if (a.fast || a.m <= (a.w.s.bits > 5 ? 10 : 5)) {
-    Path path = digits_path<TileProduct, TileDigits>(a);
-    path.end = end_amx;
-    return path;
-  }
+  if (a.fast || a.m <= (a.w.s.bits > 5 ? 10 : 5)) return digits_amx(a);
+  return bf16_amx(a);
 #elif HAL_LEVEL == HAL_LEVEL_AVX512VNNI
   if (a.fast || a.m <= FEW) return digits_path<VectorProduct, RowDigits>(a);
 #else
   if (a.m <= FEW && a.w.s.bits == 4) return {few_f32, prepare_f32, size_f32, nullptr, nullptr};
 #endif
-#if HAL_LEVEL == HAL_LEVEL_AMX
-  return amx_path(a);
-#elif HAL_LEVEL == HAL_LEVEL_AVX512VNNI
+#if HAL_LEVEL == HAL_LEVEL_AVX512VNNI
   if (a.w.s.dtype == HAL_BF16) {
     return {block_bf16, prepare_bf16<RowX>, size_bf16<RowX>, nullptr, nullptr};
   }

@@ -5,38 +5,19 @@
 
 namespace {
 
-// bf16: prepared x holds every 8 inputs in the order 0 2 4 6 1 3 5 7, the order in which a shift by
-// 0, 4, 8, 12 brings the nibbles of a 16-bit lane out as pairs. Behind it: the sum of x over each
-// group, which takes the zero points off (dot(q - z, x) = dot(q, x) - z * sum(x)).
+// Prepared x holds every 8 inputs in the order 0 2 4 6 1 3 5 7, the order in which a shift by 0, 4, 8, 12
+// brings the nibbles of a 16-bit lane out as pairs. Behind it: the sum of x over each chunk [m, chunks],
+// which takes the zero points off (dot(q - z, x) = dot(q, x) - z * sum(x)).
 
 // x as rows [m, kp].
 struct RowX {
-  static int64_t at(const HalTiles& w, int64_t r, int64_t g, int64_t i) {
-    return r * w.kp + group_start(w.s, g) + i;
+  // Of input i of chunk c of row r.
+  static int64_t at(const HalGemm& a, int64_t r, const Chunk& c, int64_t i) {
+    return r * a.w.kp + group_start(a.w.s, c.g) + c.i + i;
   }
-  static int64_t end(const HalTiles&, int64_t n) { return padded(n); }
+  static int64_t end(int64_t n) { return n; }
   static int64_t size(const HalGemm& a) { return a.m * a.w.kp; }
   static int pieces(const HalGemm&) { return 1; }
-};
-
-// x as AMX operands: 16 rows x 32 inputs in 1 KB, every group padded with zeros to 32 inputs (as rows
-// 8 KB apart they were fetched from L2 line by line). f16 is a sum of two bf16 (11 bits of 16), f32
-// of three (24 of 24): a second and a third matrix.
-struct PanelX {
-  static int64_t group_panels(const HalTiles& w) { return (padded(w.s.width) + 31) / 32; }
-  static int64_t row_panels(const HalTiles& w) {
-    const int64_t last = w.s.groups - 1;
-    return last * group_panels(w) + (padded(group_inputs(w.s, last)) + 31) / 32;
-  }
-  static int64_t at(const HalTiles& w, int64_t r, int64_t g, int64_t i) {
-    const int64_t panel = r / 16 * row_panels(w) + g * group_panels(w) + i / 32;
-    return panel * 512 + r % 16 * 32 + i % 32;
-  }
-  static int64_t end(const HalTiles&, int64_t n) { return (n + 31) & ~(int64_t)31; }
-  static int64_t size(const HalGemm& a) { return (a.m + 15) / 16 * row_panels(a.w) * 512; }
-  static int pieces(const HalGemm& a) {
-    return a.w.s.dtype == HAL_BF16 ? 1 : a.w.s.dtype == HAL_F16 ? 2 : 3;
-  }
 };
 
 template <class X>
@@ -44,12 +25,12 @@ HAL_INLINE uint16_t* piece(const HalGemm& a, int i) {
   return (uint16_t*)a.prepared + i * X::size(a);
 }
 template <class X>
-HAL_INLINE float* group_sums(const HalGemm& a) {
+HAL_INLINE float* chunk_sums(const HalGemm& a) {
   return (float*)piece<X>(a, X::pieces(a));
 }
 template <class X>
 static int64_t size_bf16(const HalGemm& a) {
-  return (X::pieces(a) * X::size(a)) * 2 + a.m * a.w.s.groups * 4;
+  return X::pieces(a) * X::size(a) * 2 + a.m * row_chunks(a.w) * 4;
 }
 
 // n inputs in dot order and zeros up to `room` (both counted to 32), one bf16 a piece, `next` elements
@@ -90,14 +71,14 @@ static void prepare_bf16(const HalGemm& a, int64_t row, int64_t end) {
   by_dtype(w.s.dtype, [&](auto dtype) __attribute__((always_inline)) {
     constexpr int F = decltype(dtype)::value;
     for (int64_t r = row; r < end; r++) {
-      for (int64_t g = 0; g < w.s.groups; g++) {
-        const Stored<F>* x = (const Stored<F>*)a.x + r * w.s.k + g * w.s.width;
-        const int64_t n = group_inputs(w.s, g);
-        for (int64_t i = 0; i < X::end(w, n); i += 32) {
-          uint16_t* out = piece<X>(a, 0) + X::at(w, r, g, i);
-          prepare_32<F>(x + i, n - i, X::end(w, n) - i, out, X::pieces(a), X::size(a));
+      for (Chunk c = first_chunk(w, 0); c.n; c = next_chunk(w, c)) {
+        const Stored<F>* x = (const Stored<F>*)a.x + r * w.s.k + c.g * w.s.width + c.i;
+        const int64_t left = group_inputs(w.s, c.g) - c.i, n = left < c.n ? left : c.n;
+        for (int64_t i = 0; i < X::end(c.n); i += 32) {
+          uint16_t* out = piece<X>(a, 0) + X::at(a, r, c, i);
+          prepare_32<F>(x + i, n - i, X::end(c.n) - i, out, X::pieces(a), X::size(a));
         }
-        if (w.zero) group_sums<X>(a)[r * w.s.groups + g] = sum_of<F>(x, n);
+        if (w.zero) chunk_sums<X>(a)[r * row_chunks(w) + c.index] = sum_of<F>(x, n);
       }
     }
   });
@@ -125,29 +106,6 @@ HAL_INLINE __m512i small_table(const HalTiles& w) {
   return _mm512_loadu_si512(table);
 }
 
-// bf16(times * i - center) for i = 0 .. 15, twice.
-HAL_INLINE __m512i nibble_table(int times, int center) {
-  uint16_t table[32];
-  for (int i = 0; i < 32; i++) {
-    table[i] = (uint16_t)(bits_as<uint32_t>((float)(times * (i % 16) - center)) >> 16);
-  }
-  return _mm512_loadu_si512(table);
-}
-
-// Scales and zero points of one group of a tile.
-struct Columns {
-  vf scale[4], zero[4];
-};
-
-HAL_INLINE Columns columns_of(const HalTiles& w, int64_t tile, int64_t g) {
-  Columns c;
-  for (int v = 0; v < 4; v++) {
-    c.scale[v] = scale_of(w, tile, g, v);
-    c.zero[v] = w.zero ? zero_of(w, tile, g, v) : set1(0);
-  }
-  return c;
-}
-
 // One row: sums += scale * (acc - zero * sum(x)); xsum null = no zero points to take off.
 HAL_INLINE void add_scaled(const Columns& c, const float* xsum, const vf acc[4], float* sums) {
   for (int v = 0; v < 4; v++) {
@@ -155,6 +113,8 @@ HAL_INLINE void add_scaled(const Columns& c, const float* xsum, const vf acc[4],
     store<HAL_F32>(sums + 16 * v, fma(c.scale[v], y, load<HAL_F32>(sums + 16 * v)));
   }
 }
+
+#if HAL_LEVEL == HAL_LEVEL_AVX512VNNI
 
 // One block as bf16 pairs in the order of prepared x: out[p] = 16 columns.
 HAL_INLINE void decode_block_bf16(const uint8_t* in, int bits, __m512i table, float center,
@@ -186,42 +146,18 @@ HAL_INLINE void decode_block_bf16(const uint8_t* in, int bits, __m512i table, fl
   }
 }
 
-const int64_t CHUNK_BF16 = 128;  // 16 KB of pairs
-
-// `inputs` of a tile as pairs t[pair][64], with zeros up to a multiple of 32 inputs.
-HAL_INLINE void decode_bf16(const HalTiles& w, int64_t tile, int64_t k, int64_t inputs,
-                            __m512i table, __m512i* t) {
+// A chunk of a tile as pairs t[pair][64].
+HAL_INLINE void decode_bf16(const HalTiles& w, const uint8_t* in, int64_t inputs, __m512i table,
+                            __m512i* t) {
   const float center = w.zero ? 0.0f : (float)(1 << (w.s.bits - 1));
-  const uint8_t* in = tile_codes(w, tile, k);
-  int64_t pair = 0;
-  for (; pair < inputs / 2; pair += 4) {
+  for (int64_t pair = 0; pair < inputs / 2; pair += 4) {
     for (int v = 0; v < 4; v++, in += block_bytes(w.s.bits)) {
       __m512i block[4];
       decode_block_bf16(in, w.s.bits, table, center, block);
       for (int p = 0; p < 4; p++) t[(pair + p) * 4 + v] = block[p];
     }
   }
-  for (; pair % 16; pair++) {
-    for (int v = 0; v < 4; v++) t[pair * 4 + v] = _mm512_setzero_si512();
-  }
 }
-
-// Calls body(group, first input in the group, inputs, decoded chunk, last chunk of the group).
-template <class Body>
-HAL_INLINE void each_chunk(const HalTiles& w, int64_t tile, Body body) {
-  const __m512i table = small_table(w);
-  __m512i t[CHUNK_BF16 / 2 * 4];
-  for (int64_t g = 0; g < w.s.groups; g++) {
-    const int64_t inputs = padded(group_inputs(w.s, g)), start = group_start(w.s, g);
-    for (int64_t i = 0; i < inputs; i += CHUNK_BF16) {
-      const int64_t n = inputs - i < CHUNK_BF16 ? inputs - i : CHUNK_BF16;
-      decode_bf16(w, tile, start + i, n, table, t);
-      body(g, i, n, (const __m512i*)t, i + n == inputs);
-    }
-  }
-}
-
-#if HAL_LEVEL == HAL_LEVEL_AVX512VNNI
 
 template <int R>
 HAL_INLINE void multiply_bf16(const uint16_t* x, int64_t ldx, const __m512i* t, int64_t inputs,
@@ -243,20 +179,24 @@ HAL_INLINE void multiply_bf16(const uint16_t* x, int64_t ldx, const __m512i* t, 
 
 static void block_bf16(const HalGemm& a, int64_t tile, int64_t row, int64_t rows, float* sums) {
   const HalTiles& w = a.w;
-  each_chunk(w, tile, [&](int64_t g, int64_t i, int64_t n, const __m512i* t, bool last) {
-    const float* xsum = w.zero && last ? group_sums<RowX>(a) + row * w.s.groups + g : nullptr;
-    const uint16_t* x = piece<RowX>(a, 0) + RowX::at(w, row, g, i);
-    const Columns columns = columns_of(w, tile, g);
+  const __m512i table = small_table(w);
+  __m512i t[X_CHUNK / 2 * 4];
+  const uint8_t* in = tile_codes(w, tile, 0);
+  for (Chunk c = first_chunk(w, 0); c.n; in += c.n * 8 * w.s.bits, c = next_chunk(w, c)) {
+    decode_bf16(w, in, c.n, table, t);
+    const float* xsum = w.zero ? chunk_sums<RowX>(a) + row * row_chunks(w) + c.index : nullptr;
+    const uint16_t* x = piece<RowX>(a, 0) + RowX::at(a, row, c, 0);
+    const Columns columns = columns_of(w, tile, c.g);
     each_rows(rows, [&](auto r, int64_t m) __attribute__((always_inline)) {
       constexpr int R = decltype(r)::value;
       vf acc[R][4];
-      multiply_bf16<R>(x + m * w.kp, w.kp, t, n, acc);
+      multiply_bf16<R>(x + m * w.kp, w.kp, t, c.n, acc);
       for (int q = 0; q < R; q++) {
-        const float* own = xsum ? xsum + (m + q) * w.s.groups : nullptr;
+        const float* own = xsum ? xsum + (m + q) * row_chunks(w) : nullptr;
         add_scaled(columns, own, acc[q], sums + (m + q) * TILE);
       }
     });
-  });
+  }
 }
 
 #endif

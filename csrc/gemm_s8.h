@@ -10,37 +10,13 @@
 
 namespace {
 
-// Groups are summed in chunks: sums of 128 products of codes and digits stay far below 2^24, so that
-// they are exact in f32 too.
-const int64_t CHUNK_S8 = 128;
-
-HAL_INLINE int64_t chunks_of(int64_t inputs) { return (inputs + CHUNK_S8 - 1) / CHUNK_S8; }
-
-HAL_INLINE int64_t row_chunks(const HalTiles& w) {
-  return (w.s.groups - 1) * chunks_of(w.s.width) + chunks_of(group_inputs(w.s, w.s.groups - 1));
-}
-
-// One chunk: of group g, from input i of it, n inputs with the padding, the index-th of a row.
-struct Chunk {
-  int64_t g, i, n, index;
-};
-
-HAL_INLINE Chunk first_chunk(const HalTiles& w, int64_t g) {
-  const int64_t inputs = g < w.s.groups ? padded(group_inputs(w.s, g)) : 0;
-  return {g, 0, inputs < CHUNK_S8 ? inputs : CHUNK_S8, g * chunks_of(w.s.width)};
-}
-
-HAL_INLINE Chunk next_chunk(const HalTiles& w, const Chunk& c) {
-  const int64_t left = padded(group_inputs(w.s, c.g)) - c.i - c.n;
-  if (left == 0) return first_chunk(w, c.g + 1);
-  return {c.g, c.i + c.n, left < CHUNK_S8 ? left : CHUNK_S8, c.index + 1};
-}
-
 // Prepared x: digits s8 in the order of Place; step f32 [m, groups]; sums of the digits of chunks f32
-// [m, P, chunks], which take the zero points off.
+// [m, P, chunks], which take the zero points off. Symmetric codes have one zero point: there it is
+// already multiplied and added to BIAS, as an integer.
 struct Digits {
   int8_t* digits;
   float *step, *sums;
+  int64_t groups, chunks;  // of a row
 };
 
 HAL_INLINE int digits_of(const HalGemm& a) { return a.fast ? 1 : a.w.s.dtype == HAL_F32 ? 4 : 3; }
@@ -51,9 +27,9 @@ struct RowDigits {
     return (a.m * digits_of(a) * a.w.kp + 63) & ~(int64_t)63;
   }
   // Digit p of a chunk of row r, one after the other, zeros behind the last.
-  static void put(const HalTiles& w, int digits, int64_t r, int p, const Chunk& c, const int8_t* in,
+  static void put(const HalGemm& a, int digits, int64_t r, int p, const Chunk& c, const int8_t* in,
                   int8_t* out) {
-    out += (r * digits + p) * w.kp + group_start(w.s, c.g) + c.i;
+    out += (r * digits + p) * a.w.kp + group_start(a.w.s, c.g) + c.i;
     __builtin_memcpy(out, in, (size_t)c.n);
   }
 };
@@ -61,7 +37,8 @@ struct RowDigits {
 template <class Place>
 HAL_INLINE Digits digits_in(const HalGemm& a) {
   float* step = (float*)((char*)a.prepared + Place::size(a));
-  return {(int8_t*)a.prepared, step, step + a.m * a.w.s.groups};
+  const int64_t groups = a.w.s.groups;
+  return {(int8_t*)a.prepared, step, step + a.m * groups, groups, row_chunks(a.w)};
 }
 
 template <class Place>
@@ -96,23 +73,27 @@ HAL_INLINE void split(vf x, vf inverse, __m128i out[P]) {
   }
 }
 
-HAL_INLINE float sum_of_chunk(const int8_t* digits) {
+// An integer n below 2^22 in size, added to these bits, is the float 1.5 * 2^23 + n. Instead of a
+// conversion: while the matrix unit multiplies, one port is left for conversions and products, two are
+// for sums.
+const int32_t BIAS = 0x4b400000;
+
+HAL_INLINE int32_t sum_of_chunk(const int8_t* digits) {
   const __m512i ones = _mm512_set1_epi8(1);
   __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, _mm512_loadu_si512(digits));
   sum = _mm512_dpbusd_epi32(sum, ones, _mm512_loadu_si512(digits + 64));
-  return (float)_mm512_reduce_add_epi32(sum);
+  return _mm512_reduce_add_epi32(sum);
 }
 
 template <class Place, int P, int F>
 HAL_INLINE void prepare_row(const HalGemm& a, const Digits& to, int64_t r) {
   const HalTiles& w = a.w;
-  const int64_t chunks = row_chunks(w);
   for (Chunk c = first_chunk(w, 0); c.n; c = next_chunk(w, c)) {
     const int64_t inputs = group_inputs(w.s, c.g), n = inputs - c.i < c.n ? inputs - c.i : c.n;
     const Stored<F>* group = (const Stored<F>*)a.x + r * w.s.k + c.g * w.s.width;
-    float& step = to.step[r * w.s.groups + c.g];
+    float& step = to.step[r * to.groups + c.g];
     if (c.i == 0) step = P == 1 ? act_scale<F>(group, inputs) : fixed_step<F>(group, inputs, 8 * P - 2);
-    alignas(64) int8_t digits[P][CHUNK_S8] = {};
+    alignas(64) int8_t digits[P][X_CHUNK] = {};
     for (int64_t i = 0; i < n; i += 16) {
       if constexpr (P == 1) {
         act_codes<F>(group + c.i + i, n - i < 16 ? n - i : 16, step, digits[0] + i);
@@ -123,8 +104,10 @@ HAL_INLINE void prepare_row(const HalGemm& a, const Digits& to, int64_t r) {
       }
     }
     for (int p = 0; p < P; p++) {
-      to.sums[(r * P + p) * chunks + c.index] = sum_of_chunk(digits[p]);
-      Place::put(w, P, r, p, c, digits[p], to.digits);
+      const int32_t sum = sum_of_chunk(digits[p]), biased = BIAS - (sum << (w.s.bits - 1));
+      float& own = to.sums[(r * P + p) * to.chunks + c.index];
+      own = w.zero ? (float)sum : bits_as<float>(biased);
+      Place::put(a, P, r, p, c, digits[p], to.digits);
     }
   }
 }
@@ -141,21 +124,31 @@ static void prepare_digits(const HalGemm& a, int64_t row, int64_t end) {
   });
 }
 
-// sums += scale * step * (the digits' sums, without the zero points): 16 columns of one row.
+// One row of x and a chunk: its step, and for every digit what takes the zero points off.
 template <int P>
-HAL_INLINE void add_digits(const HalTiles& w, const Digits& x, int64_t row, const Chunk& c,
-                           vf scale, vf zero, const __m512i dots[P], float* sums) {
-  const float* own = x.sums + row * P * row_chunks(w) + c.index;
-  vf y = set1(0);
-#pragma GCC unroll 4
-  for (int p = P - 1; p >= 0; p--) {
-    const vf sum = set1(own[p * row_chunks(w)]);
-    const vf digit = _mm512_fnmadd_ps(zero, sum, _mm512_cvtepi32_ps(dots[p]));
-    y = p == P - 1 ? digit : fma(y, set1(256), digit);
+struct RowOfDigits {
+  vf step, sums[P];
+
+  HAL_MEMBER RowOfDigits(const Digits& x, int64_t row, int64_t g, int64_t chunk)
+      : step(set1(x.step[row * x.groups + g])) {
+    for (int p = 0; p < P; p++) sums[p] = set1(x.sums[(row * P + p) * x.chunks + chunk]);
   }
-  y = mul(y, set1(x.step[row * w.s.groups + c.g]));
-  store<HAL_F32>(sums, fma(scale, y, load<HAL_F32>(sums)));
-}
+
+  // sums + scale * step * (sums of digits without the zero points), 16 columns.
+  template <bool ZERO>
+  HAL_MEMBER vf add(const __m512i dots[P], vf scale, vf zero, vf to) const {
+    const vf bias = set1(bits_as<float>(BIAS));
+    vf y = set1(0);
+#pragma GCC unroll 4
+    for (int p = P - 1; p >= 0; p--) {
+      const __m512i with = _mm512_castps_si512(ZERO ? bias : sums[p]);
+      vf digit = sub(_mm512_castsi512_ps(_mm512_add_epi32(dots[p], with)), bias);
+      if (ZERO) digit = _mm512_fnmadd_ps(zero, sums[p], digit);
+      y = p == P - 1 ? digit : fma(y, set1(256), digit);
+    }
+    return fma(scale, mul(y, step), to);
+  }
+};
 
 HAL_INLINE __m512i four_at(const int8_t* x) {
   int32_t four;
@@ -202,15 +195,20 @@ HAL_INLINE void multiply_digits(const HalTiles& w, const Digits& x, int64_t row,
         }
       }
     }
-    for (int v = 0; v < 4; v++) {
-      const vf scale = scale_of(w, tile, c.g, v), zero = zero_of(w, tile, c.g, v);
-      for (int r = 0; r < R; r++) {
+    const Columns columns = columns_of(w, tile, c.g);
+    for (int r = 0; r < R; r++) {
+      const RowOfDigits<P> own(x, row + r, c.g, c.index);
+      for (int v = 0; v < 4; v++) {
         __m512i dots[P];
         for (int p = 0; p < P; p++) {
           dots[p] = acc[0][r * P + p][v];
           if (S == 2) dots[p] = _mm512_add_epi32(dots[p], acc[S - 1][r * P + p][v]);
         }
-        add_digits<P>(w, x, row + r, c, scale, zero, dots, sums + r * TILE + 16 * v);
+        float* out = sums + r * TILE + 16 * v;
+        const vf scale = columns.scale[v], zero = columns.zero[v], to = load<HAL_F32>(out);
+        const vf y = w.zero ? own.template add<true>(dots, scale, zero, to)
+                            : own.template add<false>(dots, scale, zero, to);
+        store<HAL_F32>(out, y);
       }
     }
   }

@@ -20,6 +20,7 @@
 #endif
 
 #define HAL_INLINE static inline __attribute__((always_inline))
+#define HAL_MEMBER inline __attribute__((always_inline))
 
 namespace {
 
