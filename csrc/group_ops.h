@@ -184,6 +184,7 @@ HAL_INLINE void range_of(const Stored<F>* w, int64_t n, float* amin, float* amax
   vf low = set1(0), high = set1(0), low2 = low, high2 = high;
   int64_t start = 0;
   for (; start + 32 <= n; start += 32) {  // two chains: a minimum takes four cycles
+    ahead(w + start);
     const vf x = load<F>(w + start), y = load<F>(w + start + 16);
     low = min(low, x);
     high = max(high, x);
@@ -282,6 +283,8 @@ HAL_INLINE void each_level(const Stored<F>* w, const float* v, int64_t n, const 
                            const Grid& grid, Body body) {
   if (v) {
     each_vector(n, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
+      ahead(w + i);
+      ahead(v + i);
       body(i, levels_of(load_n<F>(w + i, left), load_n<HAL_F32>(v + i, left), grid).level, left);
     });
     return;
@@ -289,6 +292,7 @@ HAL_INLINE void each_level(const Stored<F>* w, const float* v, int64_t n, const 
   divided(b, [&](auto way) __attribute__((always_inline)) {
     vf all = set1(0);
     each_vector(n, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
+      ahead(w + i);
       const vf raw = raw_level(load_n<F>(w + i, left), grid, way);
       all = add(all, raw);
       body(i, clipped(raw, grid), left);
@@ -328,6 +332,9 @@ HAL_INLINE void step_sums(const HalStep& a, const Grid& grid, int64_t at, int64_
   const vf none = set1(0), move = mul(sign(grid.scale), set1(a.lr_v));
   vf sum_q = none, sum_clipped = none;
   each_vector(n, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
+    ahead(w + i);
+    ahead(grad + i);
+    ahead(v + i);
     const vf g = load_n<H>(grad + i, left);
     const vf old = v ? load_n<HAL_F32>(v + i, left) : none;
     const Levels l = levels_of(load_n<F>(w + i, left), old, grid);
@@ -429,6 +436,7 @@ static void dequantize_rows(const HalPlain* a, int64_t row, int64_t end) {
         const vf scale = set1(scales[j]);
         const vf zero = set1(a->zero ? (float)a->zero[first + j] : (float)(1 << (a->s.bits - 1)));
         each_vector(n, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
+          ahead(a->codes + at + i);
           const vf x = mul(scale, sub(load_codes_n(a->codes + at + i, left), zero));
           if (normal) store_normal_n<F>(out + at + i, x, left);
           else store_n<F>(out + at + i, x, left);

@@ -29,80 +29,171 @@ HAL_INLINE uint64_t spread(uint64_t x, int bits) {
   return (x & low) | (x & low << bits) << (8 - bits);
 }
 
+// The same for a number of bits known to the compiler, in one instruction where there is one.
+template <int B>
+HAL_INLINE uint64_t joined(uint64_t x) {
+#if HAL_LEVEL >= HAL_LEVEL_AVX2
+  return _pext_u64(x, ((1ull << B) - 1) * 0x0101010101010101);
+#else
+  return squeeze(x, B);
+#endif
+}
+
+template <int B>
+HAL_INLINE uint64_t apart(uint64_t x) {
+#if HAL_LEVEL >= HAL_LEVEL_AVX2
+  return _pdep_u64(x, ((1ull << B) - 1) * 0x0101010101010101);
+#else
+  return spread(x, B);
+#endif
+}
+
+// Calls f with the number of bits as a compile-time constant.
+template <int B>
+struct Bits {
+  static const int value = B;
+};
+template <class Fn>
+HAL_INLINE void by_bits(int bits, Fn f) {
+  switch (bits) {
+    case 2: return f(Bits<2>());
+    case 3: return f(Bits<3>());
+    case 4: return f(Bits<4>());
+    case 5: return f(Bits<5>());
+    case 6: return f(Bits<6>());
+    case 7: return f(Bits<7>());
+    default: return f(Bits<8>());
+  }
+}
+
+// Both layouts turn rows of codes into columns of words. 16 rows go through a buffer at a time, so
+// that codes are read along their rows and words written in whole cache lines: one row after another
+// took 0.85 ns a weight, most of it waiting for a new page at every step.
+const int64_t ROWS = 16;
+
+HAL_INLINE int64_t at_most(int64_t n, int64_t most) { return n < most ? n : most; }
+
 // ---- gptq: qweight [k / 32 * bits, n], each column a stream along k. One block = 32 columns of w.
 
-static void pack_gptq(const HalRepack* a, int64_t block, int64_t end) {
-  const int bits = a->s.bits;
-  const int64_t n = a->s.n, k = a->s.k;
-  for (int64_t b = block; b < end; b++) {
-    for (int64_t r = 0; r < n; r++) {
-      const uint8_t* codes = a->codes + r * k + b * 32;
-      uint8_t bytes[40];
-      for (int i = 0; i < 4; i++) {
-        const uint64_t x = squeeze(load_u64(codes + 8 * i), bits);
-        __builtin_memcpy(bytes + bits * i, &x, 8);
+template <int B>
+HAL_INLINE void pack_gptq(const HalRepack& a, int64_t block, int64_t end) {
+  const int64_t n = a.s.n, k = a.s.k;
+  for (int64_t row = 0; row < n; row += ROWS) {
+    const int64_t rows = at_most(n - row, ROWS);
+    for (int64_t b = block; b < end; b++) {
+      uint32_t words[ROWS][10];  // the last 8 bytes of a row may reach past its B words
+      for (int64_t r = 0; r < rows; r++) {
+        const uint8_t* codes = a.codes + (row + r) * k + b * 32;
+        for (int i = 0; i < 4; i++) {
+          const uint64_t x = joined<B>(load_u64(codes + 8 * i));
+          __builtin_memcpy((uint8_t*)words[r] + B * i, &x, 8);
+        }
       }
-      for (int i = 0; i < bits; i++) {
-        __builtin_memcpy(a->words + (b * bits + i) * n + r, bytes + 4 * i, 4);
-      }
-    }
-  }
-}
-
-static void unpack_gptq(const HalRepack* a, int64_t block, int64_t end) {
-  const int bits = a->s.bits;
-  const int64_t n = a->s.n, k = a->s.k;
-  for (int64_t b = block; b < end; b++) {
-    for (int64_t r = 0; r < n; r++) {
-      uint8_t bytes[40];
-      for (int i = 0; i < bits; i++) {
-        __builtin_memcpy(bytes + 4 * i, a->words + (b * bits + i) * n + r, 4);
-      }
-      for (int i = 0; i < 4; i++) {
-        const uint64_t x = spread(load_u64(bytes + bits * i), bits);
-        __builtin_memcpy(a->codes + r * k + b * 32 + 8 * i, &x, 8);
+      for (int i = 0; i < B; i++) {
+        uint32_t* out = a.words + (b * B + i) * n + row;
+        for (int64_t r = 0; r < rows; r++) out[r] = words[r][i];
       }
     }
   }
 }
 
-// ---- awq: qweight [k, n / 8], nibble i of a word holds column order[i] of its 8.
-
-HAL_INLINE int awq_column(int i) { return i < 4 ? 2 * i : 2 * i - 7; }
-
-static void pack_awq(const HalRepack* a, int64_t block, int64_t end) {
-  const int64_t words = a->s.n / 8, k = a->s.k;
-  for (int64_t w = 0; w < words; w++) {
-    for (int64_t c = block * 32; c < end * 32 && c < k; c++) {
-      uint32_t word = 0;
-      for (int i = 0; i < 8; i++) {
-        word |= (uint32_t)a->codes[(w * 8 + awq_column(i)) * k + c] << 4 * i;
+template <int B>
+HAL_INLINE void unpack_gptq(const HalRepack& a, int64_t block, int64_t end) {
+  const int64_t n = a.s.n, k = a.s.k;
+  for (int64_t row = 0; row < n; row += ROWS) {
+    const int64_t rows = at_most(n - row, ROWS);
+    for (int64_t b = block; b < end; b++) {
+      uint32_t words[ROWS][10];
+      for (int i = 0; i < B; i++) {
+        const uint32_t* in = a.words + (b * B + i) * n + row;
+        for (int64_t r = 0; r < rows; r++) words[r][i] = in[r];
       }
-      a->words[c * words + w] = word;
+      for (int64_t r = 0; r < rows; r++) {
+        for (int i = 0; i < 4; i++) {
+          const uint64_t x = apart<B>(load_u64((const uint8_t*)words[r] + B * i));
+          __builtin_memcpy(a.codes + (row + r) * k + b * 32 + 8 * i, &x, 8);
+        }
+      }
     }
   }
 }
 
-static void unpack_awq(const HalRepack* a, int64_t block, int64_t end) {
-  const int64_t words = a->s.n / 8, k = a->s.k;
-  for (int64_t w = 0; w < words; w++) {
-    for (int64_t c = block * 32; c < end * 32 && c < k; c++) {
-      const uint32_t word = a->words[c * words + w];
-      for (int i = 0; i < 8; i++) {
-        a->codes[(w * 8 + awq_column(i)) * k + c] = (uint8_t)(word >> 4 * i & 15);
-      }
-    }
+// ---- awq: qweight [k, n / 8], nibble i of a word holds row 0 2 4 6 1 3 5 7 of its 8: byte j holds
+// rows AWQ_ROW[j] and AWQ_ROW[j] + 2.
+
+const int AWQ_ROW[4] = {0, 4, 1, 5};
+
+const int64_t COLUMNS = 64;  // a cache line of codes
+
+// Words of n columns of 8 rows, the first of which starts at `codes`.
+HAL_INLINE void awq_words(const uint8_t* codes, int64_t k, int64_t n, uint32_t* words) {
+  uint8_t bytes[4][COLUMNS];
+  for (int j = 0; j < 4; j++) {
+    const uint8_t *low = codes + AWQ_ROW[j] * k, *high = low + 2 * k;
+    for (int64_t i = 0; i < n; i++) bytes[j][i] = (uint8_t)(low[i] | high[i] << 4);
   }
+  for (int64_t i = 0; i < n; i++) {
+    words[i] = bytes[0][i] | bytes[1][i] << 8 | bytes[2][i] << 16 | (uint32_t)bytes[3][i] << 24;
+  }
+}
+
+HAL_INLINE void awq_codes(uint8_t* codes, int64_t k, int64_t n, const uint32_t* words) {
+  for (int j = 0; j < 4; j++) {
+    uint8_t *low = codes + AWQ_ROW[j] * k, *high = low + 2 * k;
+    for (int64_t i = 0; i < n; i++) low[i] = (uint8_t)(words[i] >> 8 * j & 15);
+    for (int64_t i = 0; i < n; i++) high[i] = (uint8_t)(words[i] >> (8 * j + 4) & 15);
+  }
+}
+
+// Calls body(first word, words, first column, columns), at most 16 x 64.
+template <class Body>
+HAL_INLINE void each_awq_square(const HalRepack& a, int64_t block, int64_t end, Body body) {
+  const int64_t words = a.s.n / 8, last = at_most(end * 32, a.s.k);
+  for (int64_t w = 0; w < words; w += ROWS) {
+    int64_t c = block * 32;
+    for (; c + COLUMNS <= last; c += COLUMNS) body(w, at_most(words - w, ROWS), c, COLUMNS);
+    if (c < last) body(w, at_most(words - w, ROWS), c, last - c);
+  }
+}
+
+static void pack_awq(const HalRepack& a, int64_t block, int64_t end) {
+  const int64_t k = a.s.k;
+  each_awq_square(a, block, end, [&](int64_t w, int64_t words, int64_t c, int64_t columns)
+                                     __attribute__((always_inline)) {
+    uint32_t t[ROWS][COLUMNS];
+    for (int64_t i = 0; i < words; i++) {
+      awq_words(a.codes + (w + i) * 8 * k + c, k, columns, t[i]);
+    }
+    for (int64_t i = 0; i < columns; i++) {
+      uint32_t* out = a.words + (c + i) * (a.s.n / 8) + w;
+      for (int64_t j = 0; j < words; j++) out[j] = t[j][i];
+    }
+  });
+}
+
+static void unpack_awq(const HalRepack& a, int64_t block, int64_t end) {
+  const int64_t k = a.s.k;
+  each_awq_square(a, block, end, [&](int64_t w, int64_t words, int64_t c, int64_t columns)
+                                     __attribute__((always_inline)) {
+    uint32_t t[ROWS][COLUMNS];
+    for (int64_t i = 0; i < columns; i++) {
+      const uint32_t* in = a.words + (c + i) * (a.s.n / 8) + w;
+      for (int64_t j = 0; j < words; j++) t[j][i] = in[j];
+    }
+    for (int64_t i = 0; i < words; i++) {
+      awq_codes(a.codes + (w + i) * 8 * k + c, k, columns, t[i]);
+    }
+  });
 }
 
 static void pack_blocks(const HalRepack* a, int64_t block, int64_t end) {
-  if (a->layout == HAL_AWQ) pack_awq(a, block, end);
-  else pack_gptq(a, block, end);
+  if (a->layout == HAL_AWQ) return pack_awq(*a, block, end);
+  by_bits(a->s.bits, [&](auto bits) { pack_gptq<decltype(bits)::value>(*a, block, end); });
 }
 
 static void unpack_blocks(const HalRepack* a, int64_t block, int64_t end) {
-  if (a->layout == HAL_AWQ) unpack_awq(a, block, end);
-  else unpack_gptq(a, block, end);
+  if (a->layout == HAL_AWQ) return unpack_awq(*a, block, end);
+  by_bits(a->s.bits, [&](auto bits) { unpack_gptq<decltype(bits)::value>(*a, block, end); });
 }
 
 // ---- tiles (csrc/README.md): 64 rows of w; each step of 8 inputs holds four blocks of 16 rows.
@@ -137,11 +228,7 @@ HAL_INLINE void put_rows(uint8_t* block, int pair, uint64_t a, uint64_t b) {
   }
   const uint64_t halves[2] = {(a & 0xffffffff) | b << 32, a >> 32 | (b >> 32 << 32)};
   for (int h = 0; h < 2; h++) {
-#if HAL_LEVEL >= HAL_LEVEL_AVX2
-    const uint64_t x = _pext_u64(halves[h], ((1ull << B) - 1) * 0x0101010101010101);
-#else
-    const uint64_t x = squeeze(halves[h], B);
-#endif
+    const uint64_t x = joined<B>(halves[h]);
     __builtin_memcpy(block + (8 * h + pair) * B, &x, B);
   }
 }
@@ -158,11 +245,7 @@ HAL_INLINE void get_rows(const uint8_t* block, int pair, uint64_t* a, uint64_t* 
   }
   for (int h = 0; h < 2; h++) {
     __builtin_memcpy(x + h, block + (8 * h + pair) * B, B);
-#if HAL_LEVEL >= HAL_LEVEL_AVX2
-    x[h] = _pdep_u64(x[h], ((1ull << B) - 1) * 0x0101010101010101);
-#else
-    x[h] = spread(x[h], B);
-#endif
+    x[h] = apart<B>(x[h]);
   }
   *a = (x[0] & 0xffffffff) | x[1] << 32;
   *b = x[0] >> 32 | (x[1] >> 32 << 32);
@@ -200,24 +283,6 @@ HAL_INLINE void each_pair(const HalTiles& t, const HalPlain& p, int64_t tile, Bo
              second ? second + k + i : nullptr, inputs - i);
       }
     }
-  }
-}
-
-// Calls f with the number of bits as a compile-time constant.
-template <int B>
-struct Bits {
-  static const int value = B;
-};
-template <class Fn>
-HAL_INLINE void by_bits(int bits, Fn f) {
-  switch (bits) {
-    case 2: return f(Bits<2>());
-    case 3: return f(Bits<3>());
-    case 4: return f(Bits<4>());
-    case 5: return f(Bits<5>());
-    case 6: return f(Bits<6>());
-    case 7: return f(Bits<7>());
-    default: return f(Bits<8>());
   }
 }
 

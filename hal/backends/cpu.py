@@ -157,7 +157,7 @@ def _pack(parts: Parts, spec: Spec, shape: tuple[int, int], layout: str) -> Part
     """Codes natively; scales and zero points, a hundredth of the bytes, as the reference does."""
     n, k = shape
     codes = parts["codes"].contiguous()
-    packed = file_layouts.LAYOUTS[layout].pack({**parts, "codes": codes[:, :32]}, spec)
+    packed = file_layouts.LAYOUTS[layout].pack({**parts, "codes": codes[:32, :32]}, spec)
     rows, columns = (k * spec.bits // 32, n) if layout != "awq" else (k, n // 8)
     packed["qweight"] = torch.empty(rows, columns, dtype=torch.int32)
     _repack(True, spec, shape, layout, codes, packed["qweight"])
@@ -166,7 +166,7 @@ def _pack(parts: Parts, spec: Spec, shape: tuple[int, int], layout: str) -> Part
 
 def _unpack(parts: Parts, spec: Spec, shape: tuple[int, int], layout: str) -> Parts:
     words = parts["qweight"].contiguous()
-    few = {**parts, "qweight": words[: spec.bits]}
+    few = {**parts, "qweight": words[: spec.bits, :8]}
     plain = file_layouts.LAYOUTS[layout].unpack(few, spec, shape)
     plain["codes"] = torch.empty(shape, dtype=torch.uint8)
     _repack(False, spec, shape, layout, plain["codes"], words)
