@@ -8,6 +8,7 @@
 #include <cpuid.h>
 #endif
 #if defined(__linux__)
+#include <sys/auxv.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -18,7 +19,7 @@ namespace {
 #if defined(__x86_64__)
 
 struct Features {
-  bool avx2, avx512, avx512vnni, amx;
+  bool avx2, avxvnni, avx512, avx512vnni, amx;
 };
 
 bool has(uint32_t word, int first, int second = -1, int third = -1, int fourth = -1) {
@@ -52,13 +53,15 @@ Features features() {
   const uint64_t state = enabled_state();
   if ((state & 6) != 6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return f;  // ymm
   f.avx2 = has(b, 5, 8);                                                       // avx2 bmi2
-  if (!f.avx2 || (state & 0xe6) != 0xe6) return f;                             // opmask, zmm
-  f.avx512 = has(b, 16, 17, 30, 31);                                           // f dq bw vl
-  const bool byte_and_dot = has(c, 1, 11);        // vbmi vnni
-  const bool tiles = has(d, 22, 23, 24, 25);       // amx bf16, f16 of avx512, amx tile, amx int8
-  f.avx512vnni = f.avx512 && byte_and_dot && __get_cpuid_count(7, 1, &a, &b, &c, &d) && has(a, 5);
+  const bool zmm = (state & 0xe6) == 0xe6 && has(b, 16, 17, 30, 31);  // opmask, zmm; f dq bw vl
+  const bool byte_and_dot = has(c, 1, 11);    // vbmi vnni
+  const bool tiles = has(d, 22, 23, 24, 25);  // amx bf16, f16 of avx512, amx tile, amx int8
+  if (a == 0 || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) a = 0;  // eax: 4 avx vnni, 5 bf16
+  f.avxvnni = f.avx2 && has(a, 4);
+  f.avx512 = f.avx2 && zmm;
+  f.avx512vnni = f.avx512 && byte_and_dot && has(a, 5);
   f.amx = f.avx512vnni && tiles && (state & 0x60000) == 0x60000 && tiles_granted();
-  return f;  // leaf 7.1 eax bit 5: bf16
+  return f;
 }
 
 Tables find() {
@@ -67,6 +70,7 @@ Tables find() {
   if (f.amx) t.rows[t.count++] = &hal_table_amx;
   if (f.avx512vnni) t.rows[t.count++] = &hal_table_avx512vnni;
   if (f.avx512) t.rows[t.count++] = &hal_table_avx512;
+  if (f.avxvnni) t.rows[t.count++] = &hal_table_avxvnni;
   if (f.avx2) t.rows[t.count++] = &hal_table_avx2;
   t.rows[t.count++] = &hal_table_scalar;
   return t;
@@ -74,7 +78,20 @@ Tables find() {
 
 #elif defined(__aarch64__)
 
-Tables find() { return {{&hal_table_neon}, 1}; }
+// Linux tells in the auxiliary vector: AT_HWCAP bit 20 dot products, AT_HWCAP2 bit 13 i8mm. Every
+// Apple processor that runs arm64 macOS has dot products.
+Tables find() {
+  Tables t = {{}, 0};
+#if defined(__linux__)
+  const bool dot = getauxval(16) >> 20 & 1, i8mm = getauxval(26) >> 13 & 1;
+#else
+  const bool dot = true, i8mm = false;
+#endif
+  if (dot && i8mm) t.rows[t.count++] = &hal_table_neon_i8mm;
+  if (dot) t.rows[t.count++] = &hal_table_neon_dot;
+  t.rows[t.count++] = &hal_table_neon;
+  return t;
+}
 
 #else
 

@@ -6,7 +6,7 @@ namespace hal {
 
 // The tables this machine can run, best first.
 struct Tables {
-  const HalTable* rows[5];
+  const HalTable* rows[6];
   int count;
 };
 

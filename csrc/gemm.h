@@ -296,13 +296,27 @@ static void slab_tiles(const HalSlab* a, int64_t tile, int64_t end) {
   });
 }
 
-#if HAL_LEVEL < HAL_LEVEL_AVX512
+}  // namespace
 
-static Path path_of(const HalGemm&) { return {block_f32, prepare_f32, size_f32, nullptr, nullptr}; }
-
+#if HAL_LEVEL == HAL_LEVEL_AVX2 || defined(__ARM_FEATURE_DOTPROD)
+#include "gemm_dot.h"
 #endif
 
+#if HAL_LEVEL < HAL_LEVEL_AVX512
+
+namespace {
+
+static Path path_of(const HalGemm& a) {
+#if HAL_LEVEL == HAL_LEVEL_AVX2 || defined(__ARM_FEATURE_DOTPROD)
+  if ((a.fast || a.m <= DOT_ROWS) && sums_fit(a.w.s)) return dot_path(a);
+#endif
+  (void)a;
+  return {block_f32, prepare_f32, size_f32, nullptr, nullptr};
+}
+
 }  // namespace
+
+#endif
 
 #if HAL_LEVEL >= HAL_LEVEL_AVX512
 #include "gemm_avx512.h"

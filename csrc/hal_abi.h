@@ -171,5 +171,5 @@ struct HalTable {
 };
 
 // One per object compiled for an instruction set.
-extern const HalTable hal_table_scalar, hal_table_avx2, hal_table_avx512, hal_table_avx512vnni,
-    hal_table_amx, hal_table_neon;
+extern const HalTable hal_table_scalar, hal_table_avx2, hal_table_avxvnni, hal_table_avx512,
+    hal_table_avx512vnni, hal_table_amx, hal_table_neon, hal_table_neon_dot, hal_table_neon_i8mm;

@@ -186,7 +186,7 @@ def test_qgemm(row: Kernel, isa: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_fast_products_are_exact_on_quantized_activations(isa: str, dtype: torch.dtype) -> None:
-    most = {"amx": 4, "avx512vnni": 8}.get(isa, 0)
+    most = cpu.FAST_ROWS.get(isa, 0)
     for q in PRODUCTS:
         act = hal.Act("s8", q.spec.group)
         ready = hal.prepare(q, dtype=dtype, act=act)

@@ -1,0 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
+#define HAL_LEVEL HAL_LEVEL_SCALAR  // and the extension, which gemm_dot.h looks for
+#define HAL_TABLE_NAME neon_dot
+#include "table.inl"
