@@ -26,7 +26,7 @@ static void end_amx() { _tile_release(); }
 struct TileSums {
   alignas(64) int32_t acc[16 * TILE];
   const Columns* columns;
-  int64_t row = 0, rows = 0, g, chunk;
+  int64_t row = 0, rows = 0, g = 0, chunk = 0;
 };
 
 // tmm0-3 take the sums of 64 columns, x is tmm4, the columns at t, t + next .. are tmm6 and 7 in turn.
@@ -40,26 +40,38 @@ struct TileSums {
   _tile_loadd(7, t + 3 * next, 64); \
   dot(3, 4, 7)
 
+// Prepared x is a sequence of operands of 1 KB in the order in which they are loaded: for every M_BLOCK
+// rows, for every chunk, for every operand of rows, `count` operands side by side.
+struct Operands {
+  int64_t of_row, rows;  // operands of a row of x; rows of x in an operand
+
+  int64_t all(int64_t m) const { return (m + rows - 1) / rows * of_row; }
+  // The first operand of a chunk, which starts with the row's operand `first` and has `count`.
+  int64_t at(int64_t m, int64_t r, int64_t first, int64_t count) const {
+    const int64_t block = r / M_BLOCK * M_BLOCK, left = m - block;
+    const int64_t side = ((left < M_BLOCK ? left : M_BLOCK) + rows - 1) / rows;
+    return block / rows * of_row + first * side + (r - block) / rows * count;
+  }
+};
+
 // ---- digits: one operand holds 64 inputs of 16, 5 or 4 rows of x, a row for each digit
 
-// Prepared digits: operands of 1 KB, [operands of a row, rows of operands].
 struct TileDigits {
-  static int64_t operands(int64_t inputs) { return (inputs + 63) / 64; }
-  static int64_t row_operands(const HalTiles& w) {
-    return (w.s.groups - 1) * operands(w.s.width) + operands(group_inputs(w.s, w.s.groups - 1));
+  static int64_t count(int64_t inputs) { return (inputs + 63) / 64; }
+  static Operands operands(const HalGemm& a) {
+    const HalShape& s = a.w.s;
+    const int64_t last = count(group_inputs(s, s.groups - 1));
+    return {(s.groups - 1) * count(s.width) + last, 16 / digits_of(a)};
   }
-  static int64_t size(const HalGemm& a) {
-    const int rows = 16 / digits_of(a);
-    return (a.m + rows - 1) / rows * row_operands(a.w) * 1024;
+  static int64_t at(const HalGemm& a, int64_t r, const Chunk& c) {
+    return operands(a).at(a.m, r, c.g * count(a.w.s.width) + c.i / 64, count(c.n)) * 1024;
   }
+  static int64_t size(const HalGemm& a) { return operands(a).all(a.m) * 1024; }
   // In the order of an unpacked chunk: inputs 0-3 of every eight, then 4-7 of every eight; each in an
   // operand of its own when there are more than 64.
   static void put(const HalGemm& a, int digits, int64_t r, int p, const Chunk& c, const int8_t* in,
                   int8_t* out) {
-    const int rows = 16 / digits;
-    const int64_t all = (a.m + rows - 1) / rows;
-    const int64_t operand = c.g * operands(a.w.s.width) + c.i / 64;
-    out += (operand * all + r / rows) * 1024 + (r % rows * digits + p) * 64;
+    out += at(a, r, c) + (r % M_BLOCK % (16 / digits) * digits + p) * 64;
     const __m512i low = _mm512_loadu_si512(in), high = _mm512_loadu_si512(in + 64);
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
@@ -67,7 +79,7 @@ struct TileDigits {
     const __m512i second = _mm512_permutex2var_epi32(low, odd, high);
     if (c.n > 64) {
       _mm512_storeu_si512(out, first);
-      _mm512_storeu_si512(out + all * 1024, second);
+      _mm512_storeu_si512(out + 1024, second);
       return;
     }
     alignas(64) int8_t both[128];
@@ -79,16 +91,21 @@ struct TileDigits {
 
 template <int P, int B>
 struct DigitTiles {
-  static const int ROWS = 16 / P, COLUMN = 2 * X_CHUNK / 8;  // vectors of an unpacked column
+  static const int ROWS = 16 / P, BUFFERS = 2, COLUMN = 2 * X_CHUNK / 8;  // vectors of a column
   const HalTiles& w;
   Digits x;
   Unpack u;
 
   explicit DigitTiles(const HalGemm& a) : w(a.w), x(digits_in<TileDigits>(a)), u(unpack_of(B)) {}
 
-  const void* operand(int64_t i) const { return x.digits + i * 1024; }
-  static int64_t operands(int64_t inputs) { return TileDigits::operands(inputs); }
+  static int64_t count(int64_t inputs) { return TileDigits::count(inputs); }
+  const char* operands(const HalGemm& a, int64_t r, const Chunk& c) const {
+    return (const char*)x.digits + TileDigits::at(a, r, c);
+  }
+  // Vectors of a column in front of an operand's.
   static int64_t first(int64_t inputs, int64_t operand) { return inputs / 8 * operand; }
+  // Steps of the next chunk that may be unpacked after so many operands.
+  static int64_t free_steps(int64_t steps, int64_t done, int64_t count) { return steps * done / count; }
 
   // Steps (of 8 inputs) of a chunk as bytes: inputs 0-3 of every step, then 4-7 of every step. What is
   // behind the last one meets zeros in x.
@@ -145,19 +162,19 @@ struct DigitTiles {
 
 // ---- bf16: one operand holds 32 inputs of 16 rows of x
 
-// Prepared x: operands of 1 KB, [operands of a row, rows / 16]. f16 is a sum of two bf16 (11 bits of 16),
-// f32 of three (24 of 24): a second and a third matrix.
+// f16 is a sum of two bf16 (11 bits of 16), f32 of three (24 of 24): a second and a third matrix.
 struct TileX {
-  static int64_t operands(int64_t inputs) { return (padded(inputs) + 31) / 32; }
-  static int64_t row_operands(const HalTiles& w) {
-    return (w.s.groups - 1) * operands(w.s.width) + operands(group_inputs(w.s, w.s.groups - 1));
+  static int64_t count(int64_t inputs) { return (padded(inputs) + 31) / 32; }
+  static Operands operands(const HalGemm& a) {
+    const HalShape& s = a.w.s;
+    return {(s.groups - 1) * count(s.width) + count(group_inputs(s, s.groups - 1)), 16};
   }
   static int64_t at(const HalGemm& a, int64_t r, const Chunk& c, int64_t i) {
-    const int64_t operand = c.g * operands(a.w.s.width) + (c.i + i) / 32;
-    return (operand * ((a.m + 15) / 16) + r / 16) * 512 + r % 16 * 32;
+    const int64_t first = c.g * count(a.w.s.width) + c.i / 32;
+    return (operands(a).at(a.m, r, first, count(c.n)) + i / 32) * 512 + r % 16 * 32;
   }
   static int64_t end(int64_t n) { return (n + 31) & ~(int64_t)31; }
-  static int64_t size(const HalGemm& a) { return (a.m + 15) / 16 * row_operands(a.w) * 512; }
+  static int64_t size(const HalGemm& a) { return operands(a).all(a.m) * 512; }
   static int pieces(const HalGemm& a) {
     return a.w.s.dtype == HAL_BF16 ? 1 : a.w.s.dtype == HAL_F16 ? 2 : 3;
   }
@@ -174,7 +191,7 @@ HAL_INLINE __m512i bf16_of(__m512i codes, __m512i center) {
 
 template <int PIECES, int B>
 struct Bf16Tiles {
-  static const int ROWS = 16, COLUMN = X_CHUNK / 2;
+  static const int ROWS = 16, BUFFERS = 1, COLUMN = X_CHUNK / 2;
   const HalTiles& w;
   const uint16_t* x;
   const float* xsum;
@@ -187,9 +204,15 @@ struct Bf16Tiles {
         chunks(row_chunks(a.w)), u(unpack_of(B)), table(small_table(a.w)),
         center(_mm512_set1_epi16(a.w.zero ? 0 : 1 << (B - 1))) {}
 
-  const void* operand(int64_t i) const { return x + i * 512; }
-  static int64_t operands(int64_t inputs) { return TileX::operands(inputs); }
+  static int64_t count(int64_t inputs) { return TileX::count(inputs); }
+  const char* operands(const HalGemm& a, int64_t r, const Chunk& c) const {
+    return (const char*)(x + TileX::at(a, r - r % 16, c, 0));
+  }
   static int64_t first(int64_t, int64_t operand) { return 16 * operand; }
+  // In place: the vectors of an operand are free after it, 16 KB stay in L1 with the sums.
+  static int64_t free_steps(int64_t steps, int64_t done, int64_t count) {
+    return done == count || 4 * done > steps ? steps : 4 * done;
+  }
 
   // Steps of a chunk as pairs in the order of prepared x, zeros behind the last.
   HAL_MEMBER void unpack_steps(const uint8_t* in, int64_t from, int64_t to, int64_t steps,
@@ -269,42 +292,47 @@ template <class Tiles>
 static void block_amx(const HalGemm& a, int64_t tile, int64_t row, int64_t rows, float* sums) {
   const HalTiles& w = a.w;
   const Tiles tiles(a);
-  const int64_t R = Tiles::ROWS, all = (a.m + R - 1) / R;  // operands side by side
+  const int64_t R = Tiles::ROWS;
   TileConfig config;
   const int digits = 16 / (int)R;
   for (int i = 0; i < 6; i++) config.rows[i] = (uint8_t)(rows < R ? rows * digits : 16);
   _tile_loadconfig(&config);
-  alignas(64) __m512i t[2][4 * Tiles::COLUMN];
+  alignas(64) __m512i t[Tiles::BUFFERS][4 * Tiles::COLUMN];
   Columns columns[2];
   TileSums done[2];
   done[0].columns = done[1].columns = columns;
-  const auto scale = [&](const TileSums& d, int part) __attribute__((always_inline)) {
-    tiles.scale(d, d.rows * part / 4, d.rows * (part + 1) / 4, sums + (d.row - row) * TILE);
-  };
   const uint8_t* in = tile_codes(w, tile, 0);
-  int64_t operand = row / R;
   int now = 0, sum = 0;
   Chunk c = first_chunk(w, 0);
   tiles.unpack_steps(in, 0, c.n / 8, c.n / 8, t[0]);
   for (; c.n; now ^= 1) {
     in += c.n * 8 * w.s.bits;
     const Chunk next = next_chunk(w, c);
-    const int64_t count = Tiles::operands(c.n), steps = next.n / 8;
+    const int64_t count = Tiles::count(c.n), steps = next.n / 8;
+    __m512i *from = t[now % Tiles::BUFFERS], *to = t[(now ^ 1) % Tiles::BUFFERS];
     columns[now] = columns_of(w, tile, c.g);
+    const char* x = tiles.operands(a, row, c);
     for (int64_t m = 0; m < rows; m += R, sum ^= 1) {
-      TileSums& d = done[sum];
+      const TileSums& before = done[sum ^ 1];
+      float* before_sums = sums + (before.row - row) * TILE;
+      const bool last = m + R >= rows;
       _tile_zero(0);
       _tile_zero(1);
       _tile_zero(2);
       _tile_zero(3);
-      int part = 0;
-      for (int64_t j = 0; j < count; j++) {
-        tiles.multiply(tiles.operand(operand + j * all + m / R), t[now] + Tiles::first(c.n, j));
-        for (; part * count < 4 * (j + 1); part++) {
-          if (m == 0) tiles.unpack_steps(in, steps * part / 4, steps * (part + 1) / 4, steps, t[now ^ 1]);
-          scale(done[sum ^ 1], part);
+      int64_t unpacked = 0, scaled = 0;
+      for (int64_t j = 0; j < count; j++, x += 1024) {
+        tiles.multiply(x, from + Tiles::first(c.n, j));
+        if (last) {
+          const int64_t until = Tiles::free_steps(steps, j + 1, count);
+          tiles.unpack_steps(in, unpacked, until, steps, to);
+          unpacked = until;
         }
+        const int64_t until = before.rows * (j + 1) / count;
+        tiles.scale(before, scaled, until, before_sums);
+        scaled = until;
       }
+      TileSums& d = done[sum];
       _tile_stored(0, d.acc, 256);
       _tile_stored(1, d.acc + 16, 256);
       _tile_stored(2, d.acc + 32, 256);
@@ -315,10 +343,10 @@ static void block_amx(const HalGemm& a, int64_t tile, int64_t row, int64_t rows,
       d.g = c.g;
       d.chunk = c.index;
     }
-    operand += count * all;
     c = next;
   }
-  for (int part = 0; part < 4; part++) scale(done[sum ^ 1], part);
+  const TileSums& before = done[sum ^ 1];
+  tiles.scale(before, 0, before.rows, sums + (before.row - row) * TILE);
 }
 
 template <int P, int B>
