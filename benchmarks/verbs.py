@@ -242,6 +242,20 @@ def activations(x: Tensor, group: int) -> list[Verb]:
     ]
 
 
+def call_us() -> float:
+    """Microseconds of this thread for a product that is all overhead: m = 1, 64 x 64."""
+    w, spec, count = torch.randn(64, 64), hal.Spec("s4", 32), 5000
+    ready = hal.prepare(hal.quantize(w, hal.search(w, spec), spec), dtype=torch.bfloat16)
+    x, times = torch.randn(1, 64).bfloat16(), []
+    with torch.inference_mode():
+        for _ in range(5):
+            start = time.thread_time()
+            for _ in range(count):
+                hal.qgemm(x, ready)
+            times.append((time.thread_time() - start) / count * 1e6)
+    return statistics.median(times)
+
+
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks verbs", description=__doc__)
     parser.add_argument("--shape", type=int, nargs=2, default=(4096, 4096), metavar=("N", "K"))
@@ -263,11 +277,17 @@ def main(argv: Sequence[str]) -> None:
             if options.only in verb.name:
                 rows.append(measure(verb, threads, options.seconds))
                 print(rows[-1], flush=True)
+    call = call_us()
+    print(f"a call of hal.qgemm: {call:.1f} us")
     if options.json:
         machine = {
             "cpu": cpu.caps(0).name,
             "isa": cpu.isas()[cpu.isa()],
             "torch": torch.__version__,
         }
-        found = {"machine": machine, "rows": [dataclasses.asdict(row) for row in rows]}
+        found = {
+            "machine": machine,
+            "call_us": call,
+            "rows": [dataclasses.asdict(row) for row in rows],
+        }
         options.json.write_text(json.dumps(found, indent=1) + "\n")

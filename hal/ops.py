@@ -85,7 +85,7 @@ def dequantize(q: QTensor, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     q = pack(q, "plain")
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     _kernel("dequantize", q.spec, out).fn(q.parts, q.spec, out)
-    return out
+    return out if q.perm is None else out[:, q.perm.argsort()]
 
 
 def pack(q: QTensor, layout: str) -> QTensor:
@@ -94,6 +94,8 @@ def pack(q: QTensor, layout: str) -> QTensor:
         raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
     if reason := LAYOUTS[layout].fits(q.spec, *q.shape):
         raise Unsupported(f"layout {layout} cannot hold {q.spec}: {reason}")
+    if q.perm is not None and layout != "plain":
+        raise Unsupported(f"layout {layout} has no column order (act-order); use plain")
     if q.layout == layout:
         return q
     if q.layout != "plain":
@@ -154,13 +156,15 @@ def prepare(
     name = rows[0][1].layout
     moved = {part: t.to(target) for part, t in plain.parts.items()}
     native = native_layout(name).pack(moved, q.spec)
-    return Weight(q.spec, q.shape, q.experts, dtype, name, native, rows, act)
+    perm = None if q.perm is None else _checked_perm(q).to(target)
+    return Weight(q.spec, q.shape, q.experts, dtype, name, native, rows, act, perm)
 
 
 def restore(w: Weight) -> QTensor:
     """Inverse of `prepare`: the plain codes, scales and zero levels, bit for bit."""
     layout = native_layout(w.layout)
-    return QTensor(w.spec, w.shape, "plain", layout.unpack(w.parts, w.spec, w.shape), w.experts)
+    parts = layout.unpack(w.parts, w.spec, w.shape)
+    return QTensor(w.spec, w.shape, "plain", parts, w.experts, w.perm)
 
 
 def join(weights: Sequence[Weight]) -> Weight | None:
@@ -176,7 +180,10 @@ def join(weights: Sequence[Weight]) -> Weight | None:
     kinds = {(w.spec, w.shape[1], w.dtype, w.layout, w.act, w.device) for w in weights}
     rows = native_layout(first.layout).rows
     cut = rows and not any(w.shape[0] % rows for w in weights[:-1])
-    plain = all(w.experts == 1 and w.parts.keys() <= {"codes", "scale", "zero"} for w in weights)
+    plain = all(
+        w.experts == 1 and w.perm is None and w.parts.keys() <= {"codes", "scale", "zero"}
+        for w in weights
+    )
     if len(kinds) > 1 or not cut or not plain:
         return None
     shape = (sum(w.shape[0] for w in weights), first.shape[1])
@@ -200,11 +207,14 @@ def qgemm(x: Tensor, w: Weight, bias: Tensor | None = None) -> Tensor:
         raise ValueError(f"x must be {w.dtype} [..., {k}] on {w.device}, not {_describe(x)}")
     if bias is not None and (bias.shape != (n,) or bias.dtype not in FLOATS):
         raise ValueError(f"bias must be f32, bf16 or f16 [{n}], not {_describe(bias)}")
-    flat = x.reshape(-1, k)
-    out = torch.empty(flat.shape[0], n, dtype=x.dtype, device=x.device)
-    if out.numel():
-        w.kernel(flat.shape[0]).fn(flat.contiguous(), w, bias, out)
-    return out.view(*x.shape[:-1], n)
+    flat = x if x.ndim == 2 else x.reshape(-1, k)  # every call of torch here costs 0.7 us
+    if w.perm is not None:
+        flat = flat.index_select(1, w.perm)
+    m = flat.shape[0]
+    out = flat.new_empty(m, n)
+    if m and n:
+        w.kernel(m).fn(flat.contiguous(), w, bias, out)
+    return out if x.ndim == 2 else out.view(*x.shape[:-1], n)
 
 
 def qgemm_grouped(x: Tensor, w: Weight, offsets: Tensor) -> Tensor:
@@ -222,6 +232,8 @@ def qgemm_grouped(x: Tensor, w: Weight, offsets: Tensor) -> Tensor:
         raise ValueError(f"offsets must be i32 [{w.experts + 1}], not {_describe(offsets)}")
     out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
     if out.numel():
+        if w.perm is not None:
+            x = x.index_select(1, w.perm)
         w.kernel(x.shape[0]).fn(x.contiguous(), w, offsets, out)
     return out
 
@@ -243,6 +255,15 @@ def _kernel(op: str, spec: Spec, w: Tensor) -> Kernel:
 
 def _describe(t: Tensor) -> str:
     return f"{t.dtype} {list(t.shape)} on {t.device}"
+
+
+def _checked_perm(q: QTensor) -> Tensor:
+    perm, k = q.perm, q.shape[1]
+    assert perm is not None
+    columns = torch.arange(k, dtype=torch.int32, device=perm.device)
+    if perm.shape != (k,) or perm.dtype != torch.int32 or not torch.equal(perm.sort()[0], columns):
+        raise ValueError(f"perm must be a permutation of i32 [{k}], not {_describe(perm)}")
+    return perm
 
 
 def _check_matrix(w: Tensor, name: str) -> None:

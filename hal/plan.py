@@ -27,6 +27,7 @@ class Weight:
 
     ``kernels``: (largest M, row) in rising order. ``act``: how activations may be encoded on the
     way, None = exact products. ``parts``: the native tensors, kept alive here.
+    ``perm`` [K] i32: the order in which the stored columns take those of x (`QTensor.perm`).
     ``handle``: whatever the backend wants to look up once per weight. ``token``: its name in graphs
     of ``torch.compile``.
     """
@@ -39,6 +40,7 @@ class Weight:
     parts: dict[str, Tensor]
     kernels: tuple[tuple[int, Kernel], ...]
     act: Act | None = None
+    perm: Tensor | None = None
     handle: Any = None
     token: int = field(default_factory=_tokens.__next__, init=False)
 

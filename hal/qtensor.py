@@ -29,6 +29,7 @@ class QTensor:
     Layout ``plain``: ``codes`` u8 [N, K] (unsigned levels), ``scale`` [N, G] in the spec's scale
     dtype, ``zero`` u8 [N, G] when asymmetric. Other layouts name their own parts (``hal.layout``).
     ``experts``: E matrices stacked along N, so N = E * rows.
+    ``perm`` [K] i32: stored column j is column ``perm[j]`` of the matrix (`ordered`); None = j.
     """
 
     spec: Spec
@@ -36,6 +37,7 @@ class QTensor:
     layout: str
     parts: dict[str, Tensor]
     experts: int = 1
+    perm: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -53,7 +55,25 @@ class QTensor:
         if self.layout != "plain":
             raise ValueError(f"rows() needs layout plain, not {self.layout}; call hal.pack first")
         parts = {name: t[start:stop] for name, t in self.parts.items()}
-        return QTensor(self.spec, (stop - start, self.shape[1]), "plain", parts)
+        return QTensor(self.spec, (stop - start, self.shape[1]), "plain", parts, perm=self.perm)
+
+    def ordered(self, g_idx: Tensor) -> "QTensor":
+        """Act-order: a plain tensor whose column i belongs to group ``g_idx[i]`` (GPTQ's desc_act),
+        with its columns sorted by group and ``perm`` to tell.
+
+        ``g_idx`` [K] i32: every group its full number of columns, the last group the rest. Raises
+        ValueError otherwise.
+        """
+        if self.layout != "plain" or self.perm is not None:
+            raise ValueError(f"ordered() needs layout plain without perm, not {self.layout}")
+        k, width = self.shape[1], self.spec.width(self.shape[1])
+        perm = g_idx.argsort(stable=True)
+        if g_idx.shape != (k,) or not torch.equal(
+            g_idx[perm].long(), torch.arange(k, device=g_idx.device) // width
+        ):
+            raise ValueError(f"g_idx must give {width} of the {k} columns to every group")
+        parts = {**self.parts, "codes": self.parts["codes"][:, perm].contiguous()}
+        return replace(self, parts=parts, perm=perm.to(torch.int32))
 
 
 @dataclass(slots=True)

@@ -61,6 +61,15 @@ def test_experts_compile() -> None:
     assert same(compiled(x), hal.qgemm_grouped(x, ready, offsets) * 2)
 
 
+def test_act_order_compiles() -> None:
+    torch._dynamo.reset()
+    q = quantized(weights(40, 64, 1), hal.Spec("s4", 16))
+    ready = hal.prepare(q.ordered(torch.arange(64, dtype=torch.int32) % 4), dtype=torch.float32)
+    compiled = torch.compile(lambda x: hal.qgemm(x, ready), backend="aot_eager", fullgraph=True)
+    x = torch.randn(3, 64)
+    assert same(compiled(x), hal.qgemm(x, ready))
+
+
 def test_a_weight_is_forgotten_with_its_owner() -> None:
     ready = hal.prepare(quantized(weights(8, 16, 1), hal.Spec("s4", 16)), dtype=torch.float32)
     token, x = ready.token, torch.randn(1, 16)

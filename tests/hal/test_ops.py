@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import hal
-from hal.testing import params, quantized, same, weights
+from hal.testing import TOLERANCE, params, quantized, relative_error, same, weights
 
 SPEC = hal.Spec("u4", 32, zero="int")
 W = weights(64, 96, 1)
@@ -79,6 +79,52 @@ def test_product_shapes() -> None:
     assert hal.qgemm(torch.ones(2, 3, 96), w).shape == (2, 3, 64)
     x = torch.randn(8, 96)
     assert same(hal.qgemm(x[::2], w), hal.qgemm(x[::2].contiguous(), w))
+
+
+def act_order(k: int, group: int, seed: int) -> torch.Tensor:
+    """A ``g_idx`` as GPTQ's desc_act writes it: columns of a group anywhere."""
+    g_idx = torch.arange(k, dtype=torch.int32) // group
+    return g_idx[torch.randperm(k, generator=torch.Generator().manual_seed(seed))]
+
+
+@pytest.mark.parametrize("text", ["s4:g32:f16", "u3:g20:f16:int", "s8:g64:bf16", "u4:g128:f32:int"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_act_order(text: str, dtype: torch.dtype) -> None:
+    """W[:, i] = scale[g_idx[i]] * (code[:, i] - zero[g_idx[i]]), as GPTQ's readers compute it."""
+    spec, (n, k) = hal.Spec.parse(text), (70, 300)
+    stored = quantized(weights(n, k, 1), spec)
+    g_idx = act_order(k, spec.width(k), 2)
+    zero = (
+        stored.parts["zero"].double() if "zero" in stored.parts else torch.full((n, 1), spec.half)
+    )
+    zero = zero.expand(n, spec.groups(k))[:, g_idx]
+    want = stored.parts["scale"].double()[:, g_idx] * (stored.parts["codes"].double() - zero)
+    q = stored.ordered(g_idx)
+    assert relative_error(hal.dequantize(q, dtype=torch.float32), want) < 1e-6
+    ready = hal.prepare(q, dtype=dtype)
+    back = hal.restore(ready)
+    assert q.perm is not None
+    assert back.perm is not None
+    assert torch.equal(back.perm, q.perm)
+    assert all(same(back.parts[name], q.parts[name]) for name in q.parts)
+    for m in (0, 1, 3, 40):
+        x = weights(m, k, m).to(dtype) if m else torch.empty(0, k, dtype=dtype)
+        got = hal.qgemm(x, ready)
+        assert got.shape == (m, n)
+        assert m == 0 or relative_error(got, x.double() @ want.T) < TOLERANCE[dtype]
+
+
+def test_act_order_mistakes() -> None:
+    q = quantized(W, SPEC)
+    with pytest.raises(ValueError, match="g_idx must give 32 of the 96 columns"):
+        q.ordered(torch.zeros(96, dtype=torch.int32))
+    sorted_ = q.ordered(act_order(96, 32, 1))
+    with pytest.raises(hal.Unsupported, match="has no column order"):
+        hal.pack(sorted_, "gptq_raw")
+    with pytest.raises(ValueError, match="without perm"):
+        sorted_.ordered(act_order(96, 32, 1))
+    with pytest.raises(ValueError, match="perm must be a permutation"):
+        hal.prepare(replace(q, perm=torch.zeros(96, dtype=torch.int32)), dtype=torch.float32)
 
 
 def test_grouped_offsets() -> None:
