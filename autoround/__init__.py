@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from autoround.errors import InputError
     from autoround.formats import FORMATS
     from autoround.loading import load
-    from autoround.pipeline import Source, quantize
+    from autoround.pipeline import quantize
     from autoround.recipe import RECIPES, Recipe
+    from autoround.run import Source
     from autoround.scheme import SCHEMES, Scheme
 
 _HOMES = {
@@ -28,7 +29,7 @@ _HOMES = {
     "Recipe": "recipe",
     "SCHEMES": "scheme",
     "Scheme": "scheme",
-    "Source": "pipeline",
+    "Source": "run",
     "load": "loading",
     "quantize": "pipeline",
 }

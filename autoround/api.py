@@ -14,6 +14,7 @@ from autoround.errors import InputError
 from autoround.loading import load
 from autoround.options import build_recipe, default_output, device_by_name, split_names
 from autoround.recipe import Recipe
+from autoround.run import Run, Source
 from autoround.scheme import Scheme
 
 
@@ -95,7 +96,7 @@ class AutoRound:
         self._dataset = None if isinstance(dataset, str) else dataset
         self._work = tempfile.TemporaryDirectory(prefix="autoround-")
         self._source = self._checkpoint(model)
-        self._run: pipeline.Run | None = None
+        self._run: Run | None = None
 
     def _checkpoint(self, model: Any) -> str:
         """The model as a checkpoint directory; a loaded one is saved first."""
@@ -141,7 +142,7 @@ class AutoRound:
         return load(target), target
 
     def _quantize(self, recipe: Recipe, output: Path) -> None:
-        source = pipeline.Source(self._source, self.device, self.trust_remote_code)
+        source = Source(self._source, self.device, self.trust_remote_code)
         self._run = pipeline.quantize(
             recipe, source, output, tokenizer=self.tokenizer, dataset=self._dataset
         )

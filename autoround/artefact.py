@@ -5,11 +5,11 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from autoround.errors import InputError
 from autoround.formats import ShardSink
@@ -76,7 +76,7 @@ def write_record(plan: ModelPlan, run: dict[str, Any], output: Path) -> None:
     versions = {
         "autoround": VERSION,
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": version("transformers"),
     }
     fates = {"packing": plan.packing.name, "tensors": plan.fates, "kept": plan.kept_because}
     (output / RECORD).write_text(json.dumps({**versions, **run, **fates}, indent=1) + "\n")

@@ -139,15 +139,23 @@ def quantize(
 
 
 def _run(recipe: Any, model: str, output: Path, how: tuple[str | None, bool, bool]) -> None:
-    from autoround import pipeline
+    from autoround import stream
+    from autoround.models.checkpoint import Checkpoint, resolve
     from autoround.options import device_by_name
     from autoround.terminal import Terminal, summary
 
     device_map, trust_remote_code, quiet = how
-    console = _console(quiet)
-    source = pipeline.Source(model, device_by_name(device_map), trust_remote_code)
+    console, device = _console(quiet), device_by_name(device_map)
+    checkpoint = None if recipe.calibrates else Checkpoint(resolve(model))
     with Terminal(console, recipe.iters) as terminal:
-        run = pipeline.quantize(recipe, source, output, progress=terminal)
+        if checkpoint and stream.refuse(recipe, checkpoint) is None:
+            run = stream.quantize(recipe, checkpoint, output, terminal)
+        else:
+            from autoround import pipeline
+            from autoround.run import Source
+
+            source = Source(model, device, trust_remote_code)
+            run = pipeline.quantize(recipe, source, output, progress=terminal)
     console.print(summary(run, run.source_bytes))
     console.print(
         f"written to {output}; next: autoround eval {output} --against {model}", soft_wrap=True

@@ -3,12 +3,10 @@
 
 import contextlib
 import math
-import resource
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import transformers
@@ -16,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 import hal
+from autoround import stream
 from autoround.artefact import (
     check_output,
     copy_kept,
@@ -35,88 +34,17 @@ from autoround.models import (
     StreamedModel,
     resolve,
     split,
+    survey_of,
     verify,
 )
 from autoround.plan import Layer, ModelPlan, make_plan
 from autoround.recipe import Recipe, shard_bytes
+from autoround.run import BlockReport, Progress, Run, Silent, Source, peak_bytes
 from autoround.stages import BlockTask, Feedback, Kept, LayerTask, Measure, Search, SignRound, Stage
 from autoround.stages.task import hidden
 
 #: One sample in so many only judges what the closed form makes of the others.
 HELD_OUT = 8
-
-
-class Progress(Protocol):
-    """What a run tells about itself."""
-
-    def planned(self, plan: ModelPlan) -> None: ...
-    def calibrated(self, tokens: TokenSet) -> None: ...
-    def block_started(self, index: int, name: str) -> None: ...
-    def step(self, t: int, loss: float) -> None: ...
-    def block_done(self, report: "BlockReport") -> None: ...
-
-
-class Silent:
-    """A run that tells nothing."""
-
-    def planned(self, plan: ModelPlan) -> None: ...
-    def calibrated(self, tokens: TokenSet) -> None: ...
-    def block_started(self, index: int, name: str) -> None: ...
-    def step(self, t: int, loss: float) -> None: ...
-    def block_done(self, report: "BlockReport") -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class BlockReport:
-    """One block's outcome.
-
-    Losses are mean squared errors over the samples held out of tuning, or all where none are; NaN
-    without data.
-    """
-
-    index: int
-    name: str
-    loss_rtn: float
-    loss: float
-    seconds: float
-    peak_bytes: int
-
-
-@dataclass(slots=True)
-class Run:
-    """What a finished run leaves: the artefact's directory and how it came about."""
-
-    output: Path
-    plan: ModelPlan
-    tokens: TokenSet | None
-    progress: Progress
-    source_bytes: int
-    blocks: list[BlockReport] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def record(self, recipe: Recipe) -> dict[str, Any]:
-        """What decided the bytes of the output, and the losses; no times."""
-        used = self.tokens and {"digest": self.tokens.digest, "shape": [*self.tokens.ids.shape]}
-        losses = [
-            # A block that text never reached has none; NaN would not be JSON.
-            {"name": b.name}
-            | ({} if math.isnan(b.loss) else {"loss_rtn": b.loss_rtn, "loss": b.loss})
-            for b in self.blocks
-        ]
-        return {
-            "recipe": recipe.to_json(),
-            "calibration": used,
-            "blocks": losses if self.tokens else [],
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """The model to quantize and the devices and trust given to it."""
-
-    model: str | Path
-    device: torch.device
-    trust_remote_code: bool = False
 
 
 def quantize(
@@ -137,10 +65,12 @@ def quantize(
     progress, started = progress or Silent(), time.perf_counter()
     checkpoint = Checkpoint(resolve(str(source.model)))
     check_output(output)
+    if stream.refuse(recipe, checkpoint) is None:
+        return stream.quantize(recipe, checkpoint, output, progress)
     streamed = StreamedModel(
         checkpoint, device=source.device, trust_remote_code=source.trust_remote_code
     )
-    plan = make_plan(streamed, recipe)
+    plan = make_plan(survey_of(streamed), recipe)
     progress.planned(plan)
     given = recipe.dataset if dataset is None else dataset
     tokens = _tokens(recipe, streamed, tokenizer, given) if recipe.calibrates else None
@@ -372,13 +302,3 @@ def load_tokenizer(path: Path) -> Any:
         return None
     # Without any files transformers makes up a tokenizer of special tokens alone.
     return tokenizer if len(tokenizer) > 16 else None
-
-
-def peak_bytes() -> int:
-    """Largest resident size of this process so far, mapped file pages included."""
-    try:
-        # ru_maxrss starts at the parent's size after fork and exec; VmHWM is this program's own.
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -10,7 +10,7 @@ from autoround.errors import InputError
 from autoround.formats import Format, Packing, Stored, format_by_name, stored_parts
 from autoround.formats.sink import DTYPES
 from autoround.formats.table import fit
-from autoround.models import Part, StreamedModel, WeightView, head_view, skipped, views
+from autoround.models.survey import Part, Survey, WeightView
 from autoround.recipe import Recipe
 from autoround.scheme import KEEP_BITS, Scheme, assign, pattern
 
@@ -74,18 +74,13 @@ class ModelPlan:
         return self.format.config(self.packing, self.base, self.modules, self.prefix)
 
 
-def make_plan(streamed: StreamedModel, recipe: Recipe) -> ModelPlan:
+def make_plan(survey: Survey, recipe: Recipe) -> ModelPlan:
     """Assign schemes, refuse what cannot be stored, and place every output tensor.
 
     Raises InputError before anything is read or written.
     """
     base = recipe.weight_scheme
-    surveyed = [views(streamed, name) for name in streamed.blocks.names]
-    # Two blocks with one weight: rounded for the first, it would be wrong for the later one.
-    found = [[view for view in block if not view.tied] for block in surveyed]
-    shared = [view for block in surveyed for view in block if view.tied]
-    head = head_view(streamed)
-    kept = _kept_modules(streamed, shared)
+    found, head, kept = survey.blocks, survey.head, dict(survey.kept)
     parts = [part for block in found for view in block for part in view.parts]
     wanted = _assign(recipe, base, parts, head, kept)
     packing = format_by_name(recipe.format).choose(set(wanted.values()))
@@ -104,28 +99,16 @@ def make_plan(streamed: StreamedModel, recipe: Recipe) -> ModelPlan:
         head_layer = Layer(head, scheme) if scheme.bits != KEEP_BITS else None
     if not any(blocks) and head_layer is None:
         raise InputError(_nothing(kept))
-    prefix = _prefix(found, streamed.blocks.name)
-    entries = streamed.checkpoint.entries
+    prefix = _prefix(found, survey.prefix)
+    entries = survey.checkpoint.entries
     inside = [name for name in kept if name.startswith(prefix + ".") and name not in modules]
     modules |= {name: Scheme(KEEP_BITS) for name in inside if name not in entries}
     layers = [layer for block in blocks for layer in block] + ([head_layer] if head_layer else [])
-    stored, fates = _place(streamed, layers, packing, kept)
+    stored, fates = _place(survey, layers, packing, kept)
     return ModelPlan(
         format_by_name(recipe.format), packing, base, blocks, head_layer, prefix,
-        modules, kept, stored, fates,
+        dict(sorted(modules.items())), dict(sorted(kept.items())), stored, fates,
     )  # fmt: skip
-
-
-def _kept_modules(streamed: StreamedModel, shared: list[WeightView]) -> dict[str, str]:
-    """Weights of the blocks that are never quantized, by checkpoint module or key -> why."""
-    aliases = [name.removesuffix(".weight") for view in shared for name in view.tied]
-    owners = [part.module for view in shared for part in view.parts]
-    kept = dict.fromkeys([*owners, *aliases], "shared between blocks")
-    for block in streamed.blocks.names:
-        for param, reason in skipped(streamed, block).items():
-            for key in streamed.sources.get(param, ()):
-                kept[key.removesuffix(".weight")] = reason
-    return kept
 
 
 def _assign(
@@ -184,7 +167,7 @@ def _nothing(kept: dict[str, str]) -> str:
     return f"no layer would be quantized ({'; '.join(reasons)}); check --scheme and --ignore-layers"
 
 
-def _prefix(found: list[list[WeightView]], in_memory: str) -> str:
+def _prefix(found: Iterable[Iterable[WeightView]], in_memory: str) -> str:
     """Name of the block list in the checkpoint's own names."""
     modules = [(str(i), p.module) for i, block in enumerate(found) for v in block for p in v.parts]
     if not modules:
@@ -199,11 +182,11 @@ def _prefix(found: list[list[WeightView]], in_memory: str) -> str:
 
 
 def _place(
-    streamed: StreamedModel, layers: Iterable[Layer], packing: Packing, kept: dict[str, str]
+    survey: Survey, layers: Iterable[Layer], packing: Packing, kept: dict[str, str]
 ) -> tuple[tuple[Stored, ...], dict[str, str]]:
-    """Output tensors in the source's order, and the fate of every source tensor."""
+    """Output tensors and the fate of every source tensor, both in the source's order."""
     replaced: dict[str, list[Stored]] = {}
-    fates: dict[str, str] = {}
+    quantized: dict[str, str] = {}
     for layer in layers:
         for part in layer.view.parts:
             shape = (part.rows[1] - part.rows[0], layer.view.shape[1])
@@ -212,16 +195,18 @@ def _place(
                 Stored(f"{part.module}.{name}", DTYPES[p.dtype], p.shape, p.nbytes)
                 for name, p in named
             ]
-            fates[part.key] = f"quantized {layer.spec}"
+            quantized[part.key] = f"quantized {layer.spec}"
     stored: list[Stored] = []
-    for key, entry in streamed.checkpoint.entries.items():
+    fates: dict[str, str] = {}
+    for key, entry in survey.checkpoint.entries.items():
         if key in replaced:
             stored += replaced.pop(key)
+            fates[key] = quantized[key]
             continue
         stored.append(Stored(key, entry.dtype, tuple(entry.shape), entry.nbytes))
         reason = kept.get(key.removesuffix(".weight"))
-        unused = "no home in the model" if key in streamed.unused else None
+        unused = "no home in the model" if key in survey.unused else None
         fates[key] = f"copied: {reason or unused}" if reason or unused else "copied"
-    if replaced or len(fates) != len(streamed.checkpoint.entries):
+    if replaced or len(fates) != len(survey.checkpoint.entries):
         raise AssertionError(f"tensors without a fate: {sorted(replaced)[:3]}")
     return tuple(stored), fates

@@ -4,16 +4,17 @@
 import math
 import time
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from autoround.calib import TokenSet
-from autoround.evaluate import Evaluation
-from autoround.pipeline import BlockReport, Run
-from autoround.plan import ModelPlan
+if TYPE_CHECKING:  # a run that builds no model imports no transformers
+    from autoround.calib import TokenSet
+    from autoround.evaluate import Evaluation
+    from autoround.plan import ModelPlan
+    from autoround.run import BlockReport, Run
 
 
 class Terminal:
@@ -44,7 +45,7 @@ class Terminal:
     ) -> None:
         self._bar.stop()
 
-    def planned(self, plan: ModelPlan) -> None:
+    def planned(self, plan: "ModelPlan") -> None:
         self._blocks, self._started = len(plan.blocks), time.perf_counter()
         kept = {name: why for name, why in plan.kept_because.items() if "instead" not in why}
         self.console.print(
@@ -56,7 +57,7 @@ class Terminal:
             count = sum(why == reason for why in kept.values())
             self.console.print(f"  kept {count}: {reason}", style="dim", soft_wrap=True)
 
-    def calibrated(self, tokens: TokenSet) -> None:
+    def calibrated(self, tokens: "TokenSet") -> None:
         self.console.print(f"calibration: {tokens.description}", soft_wrap=True)
 
     def block_started(self, index: int, name: str) -> None:
@@ -65,7 +66,7 @@ class Terminal:
     def step(self, t: int, loss: float) -> None:
         self._bar.update(self._task, completed=t + 1, visible=True)
 
-    def block_done(self, report: BlockReport) -> None:
+    def block_done(self, report: "BlockReport") -> None:
         done = report.index + 1
         left = (time.perf_counter() - self._started) / done * (self._blocks - done)
         losses = (
@@ -79,7 +80,7 @@ class Terminal:
         )
 
 
-def summary(run: Run, source_bytes: int) -> Table:
+def summary(run: "Run", source_bytes: int) -> Table:
     """The closing table of a run."""
     table = Table(show_header=False, box=None)
     table.add_row("size", f"{_bytes(source_bytes)} -> {_bytes(run.plan.nbytes)}")
@@ -95,7 +96,7 @@ def summary(run: Run, source_bytes: int) -> Table:
     return table
 
 
-def evaluation_table(result: Evaluation) -> Table:
+def evaluation_table(result: "Evaluation") -> Table:
     """A quantized model beside its float self."""
     table = Table("", "float", "quantized")
     table.add_row("weights", _bytes(result.float_nbytes), _bytes(result.nbytes))

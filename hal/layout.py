@@ -14,6 +14,7 @@ from torch import Tensor
 from hal.spec import Spec
 
 Parts = dict[str, Tensor]
+Stored = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 Unpack = Callable[[Parts, Spec, tuple[int, int]], Parts]
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -138,12 +139,37 @@ def _fits_awq(spec: Spec, n: int, k: int) -> str | None:
     return None
 
 
+def _plain_parts(spec: Spec, n: int, k: int) -> Stored:
+    groups = (n, spec.groups(k))
+    parts: Stored = {"codes": (torch.uint8, (n, k)), "scale": (spec.scale_dtype, groups)}
+    return parts if spec.symmetric else {**parts, "zero": (torch.uint8, groups)}
+
+
+def _gptq_parts(spec: Spec, n: int, k: int) -> Stored:
+    groups, bits = spec.groups(k), spec.bits
+    return {
+        "qweight": (torch.int32, (k * bits // 32, n)),
+        "qzeros": (torch.int32, (groups, n * bits // 32)),
+        "scales": (spec.scale_dtype, (groups, n)),
+    }
+
+
+def _awq_parts(spec: Spec, n: int, k: int) -> Stored:
+    groups = spec.groups(k)
+    return {
+        "qweight": (torch.int32, (k, n // 8)),
+        "qzeros": (torch.int32, (groups, n // 8)),
+        "scales": (spec.scale_dtype, (groups, n)),
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """One way of storing plain parts, as pure functions that are each other's inverse.
 
     ``fits(spec, N, K)`` answers None or the reason it cannot hold them; ``pack(plain, spec)``;
     ``unpack(parts, spec, (N, K))``. Native layouts of a backend are rows of the same kind.
+    ``stored(spec, N, K)``: dtype and shape of what a file layout's ``pack`` returns.
     ``rows``: how many rows of the weight stay together, so that parts of two weights put one after
     the other are the parts of the joined weight; 0 = that does not hold.
     """
@@ -153,6 +179,7 @@ class Layout:
     pack: Callable[[Parts, Spec], Parts]
     unpack: Unpack
     rows: int = 0
+    stored: Callable[[Spec, int, int], Stored] = _plain_parts
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -160,10 +187,10 @@ LAYOUTS: dict[str, Layout] = {
     for row in (
         Layout("plain", lambda spec, n, k: None, lambda p, spec: p, lambda p, spec, shape: p, 1),
         # int32 [K * b / 32, N], zeros stored minus one (GPTQ v1)
-        Layout("gptq", _fits_gptq_minus_one, _pack_gptq(1), _unpack_gptq(1)),
+        Layout("gptq", _fits_gptq_minus_one, _pack_gptq(1), _unpack_gptq(1), 0, _gptq_parts),
         # the same with zeros stored as they are (GPTQ v2, auto_round)
-        Layout("gptq_raw", _fits_stream, _pack_gptq(0), _unpack_gptq(0)),
+        Layout("gptq_raw", _fits_stream, _pack_gptq(0), _unpack_gptq(0), 0, _gptq_parts),
         # int32 [K, N / 8], nibble order 0 2 4 6 1 3 5 7
-        Layout("awq", _fits_awq, _pack_awq, _unpack_awq),
+        Layout("awq", _fits_awq, _pack_awq, _unpack_awq, 0, _awq_parts),
     )
 }

@@ -109,17 +109,9 @@ def refuse(spec: Spec, shape: tuple[int, int], layout: str) -> str | None:
 
 
 def describe(spec: Spec, shape: tuple[int, int], layout: str) -> dict[str, Part]:
-    """Dtype and shape of every part of an ``[N, K]`` weight in a file layout; allocates nothing."""
-    n, k = shape
-    groups = (n, spec.groups(k))
-    parts = {
-        "codes": torch.empty(n, k, dtype=torch.uint8, device="meta"),
-        "scale": torch.empty(groups, dtype=spec.scale_dtype, device="meta"),
-    }
-    if not spec.symmetric:
-        parts["zero"] = torch.empty(groups, dtype=torch.uint8, device="meta")
-    packed = LAYOUTS[layout].pack(parts, spec)
-    return {name: Part(t.dtype, tuple(t.shape)) for name, t in packed.items()}
+    """Dtype and shape of every part of an ``[N, K]`` weight in a file layout."""
+    stored = LAYOUTS[layout].stored(spec, *shape)
+    return {name: Part(*part) for name, part in stored.items()}
 
 
 def _repack(op: str, q: QTensor, layout: str) -> dict[str, Tensor]:

@@ -47,11 +47,19 @@ class _Place:
 class ShardSink:
     """``put`` every planned tensor once, in any order; leaving the context finishes the files.
 
-    Until then they carry the suffix ``.partial``; an exception removes them.
+    Until then they carry the suffix ``.partial``; an exception removes them. ``durable``: finished
+    files are on the disk, not in the system's memory alone.
     """
 
-    def __init__(self, directory: Path, tensors: Sequence[Stored], max_shard: int) -> None:
-        self.directory = directory
+    def __init__(
+        self,
+        directory: Path,
+        tensors: Sequence[Stored],
+        max_shard: int,
+        *,
+        durable: bool = True,
+    ) -> None:
+        self.directory, self._durable = directory, durable
         self._shards = _split(tensors, max_shard)
         self._places: dict[str, _Place] = {}
         self._files: list[int] = []
@@ -135,7 +143,8 @@ class ShardSink:
 
     def _finish(self) -> None:
         for file in self._files:
-            os.fsync(file)
+            if self._durable:
+                os.fsync(file)
             os.close(file)
         self._files = []
         for name in self.names:

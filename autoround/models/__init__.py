@@ -1,14 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the pipeline sees of a model: checkpoint, streamed skeleton, blocks, weights."""
+"""What the pipeline sees of a model: checkpoint, survey, streamed skeleton, blocks.
 
-from autoround.models.blocks import BlockList, find_blocks
-from autoround.models.checkpoint import Checkpoint, resolve
-from autoround.models.drive import PausedForwards
-from autoround.models.header import Entry
-from autoround.models.loader import StreamedModel
-from autoround.models.samples import Call, Samples, split
-from autoround.models.views import Part, WeightView, head_view, skipped, verify, views
+Imported on first use: a checkpoint is read without transformers.
+"""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from autoround.models.blocks import BlockList, find_blocks
+    from autoround.models.checkpoint import Checkpoint, resolve
+    from autoround.models.drive import PausedForwards
+    from autoround.models.header import Entry
+    from autoround.models.loader import StreamedModel
+    from autoround.models.samples import Call, Samples, split
+    from autoround.models.survey import Part, Survey, WeightView
+    from autoround.models.views import head_view, skipped, survey_of, verify, views
+
+_HOMES = {
+    "BlockList": "blocks",
+    "Call": "samples",
+    "Checkpoint": "checkpoint",
+    "Entry": "header",
+    "Part": "survey",
+    "PausedForwards": "drive",
+    "Samples": "samples",
+    "StreamedModel": "loader",
+    "Survey": "survey",
+    "WeightView": "survey",
+    "find_blocks": "blocks",
+    "head_view": "views",
+    "resolve": "checkpoint",
+    "skipped": "views",
+    "split": "samples",
+    "survey_of": "views",
+    "verify": "views",
+    "views": "views",
+}
 __all__ = [
     "BlockList",
     "Call",
@@ -18,12 +46,22 @@ __all__ = [
     "PausedForwards",
     "Samples",
     "StreamedModel",
+    "Survey",
     "WeightView",
     "find_blocks",
     "head_view",
     "resolve",
     "skipped",
     "split",
+    "survey_of",
     "verify",
     "views",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'autoround.models' has no attribute {name!r}")
+    found = getattr(import_module(f"autoround.models.{_HOMES[name]}"), name)
+    globals()[name] = found  # a function may have its module's name
+    return found

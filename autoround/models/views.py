@@ -1,56 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The 2-D face [N, K] of every weight a scheme may quantize, and its checkpoint tensors."""
-
-import re
-from dataclasses import dataclass
+"""The survey of a streamed model: the 2-D face [N, K] of its weights, and their tensors."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from autoround.errors import InputError
 from autoround.models import compat
 from autoround.models.loader import StreamedModel
+from autoround.models.survey import KEPT, Part, Survey, WeightView
 
 # Subclasses of nn.Linear that compute y = x W^T + b and nothing else. Routers subclass it too,
 # hence a list.
 PLAIN_LINEARS = frozenset({"FalconLinear"})
-# Small or sensitive projections that every serving engine keeps in 16 bits.
-KEPT = re.compile(
-    r"(^|\.)(router|gate|shared_expert_gate|weights_proj|modality_router|correction_coefs|x_proj|dt_proj"
-    r"|in_proj_(a|b|ba))$"
-)
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One checkpoint tensor inside a view: the module it belongs to there (the name an exporter
-    writes), its key, its half-open row range of the view, and whether it is stored [K, N]."""
+def survey_of(streamed: StreamedModel) -> Survey:
+    """What a plan needs to know of the model."""
+    surveyed = [views(streamed, name) for name in streamed.blocks.names]
+    # Two blocks with one weight: rounded for the first, it would be wrong for the later one.
+    shared = [view for block in surveyed for view in block if view.tied]
+    return Survey(
+        streamed.checkpoint,
+        tuple(tuple(view for view in block if not view.tied) for block in surveyed),
+        _kept_modules(streamed, shared),
+        head_view(streamed),
+        streamed.blocks.name,
+        frozenset(streamed.unused),
+    )
 
-    module: str
-    key: str
-    rows: tuple[int, int]
-    transposed: bool
 
-
-@dataclass(frozen=True, slots=True)
-class WeightView:
-    """A parameter seen as [N, K]; fused experts [E, rows, K] lie below each other, N = E * rows."""
-
-    param: str
-    shape: tuple[int, int]
-    experts: int
-    parts: tuple[Part, ...]
-    param_shape: tuple[int, ...]
-    transposed: bool = False  # the parameter is [K, N] (Conv1D)
-    tied: tuple[str, ...] = ()  # other parameters that are the same tensor
-
-    def matrix(self, p: Tensor) -> Tensor:
-        """Parameter in its own shape -> [N, K], a view of it."""
-        return p.t() if self.transposed else p.reshape(self.shape)
-
-    def restore(self, m: Tensor) -> Tensor:
-        """[N, K] -> the parameter's own shape, differentiable, a view of it."""
-        return m.t() if self.transposed else m.reshape(self.param_shape)
+def _kept_modules(streamed: StreamedModel, shared: list[WeightView]) -> dict[str, str]:
+    """Weights of the blocks that are never quantized, by checkpoint module or key -> why."""
+    aliases = [name.removesuffix(".weight") for view in shared for name in view.tied]
+    owners = [part.module for view in shared for part in view.parts]
+    kept = dict.fromkeys([*owners, *aliases], "shared between blocks")
+    for block in streamed.blocks.names:
+        for param, reason in skipped(streamed, block).items():
+            for key in streamed.sources.get(param, ()):
+                kept[key.removesuffix(".weight")] = reason
+    return kept
 
 
 def views(streamed: StreamedModel, block_name: str) -> list[WeightView]:

@@ -17,7 +17,7 @@ import transformers
 import zoo
 from safetensors.torch import load_file, save_file
 
-from autoround import pipeline
+from autoround import pipeline, stream
 from autoround.errors import InputError
 from autoround.formats import ShardSink, Stored
 from autoround.options import build_recipe
@@ -481,7 +481,7 @@ class Broken(Exception):
 
 
 def break_at(monkeypatch: pytest.MonkeyPatch, block: int, error: BaseException) -> None:
-    """Raise when the stages of a block have run."""
+    """Raise when the stages of a block have run, or its first weight is rounded without a model."""
     original = pipeline._Engine._run_stages
 
     def stages(self: Any, task: Any) -> None:
@@ -490,6 +490,14 @@ def break_at(monkeypatch: pytest.MonkeyPatch, block: int, error: BaseException) 
             raise error
 
     monkeypatch.setattr(pipeline._Engine, "_run_stages", stages)
+    rounding = stream._round
+
+    def rounded(layer: Any, *rest: Any) -> None:
+        rounding(layer, *rest)
+        if f"layers.{block}." in layer.view.param:
+            raise error
+
+    monkeypatch.setattr(stream, "_round", rounded)
 
 
 @pytest.mark.parametrize("error", [Broken(), KeyboardInterrupt(), SystemExit(1)], ids=repr)
@@ -516,7 +524,7 @@ def test_disk_that_fills_while_companions_are_copied(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pipeline, "write_companions", full)
+    monkeypatch.setattr(stream, "write_companions", full)
     with pytest.raises(InputError, match=r"No space left.*free some space or choose another -o"):
         rtn(saved("llama"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -534,7 +542,8 @@ def test_config_is_written_last(
         assert "config.json" not in found
         original(*given)
 
-    monkeypatch.setattr(pipeline, "write_config", check)
+    for module in (pipeline, stream):
+        monkeypatch.setattr(module, "write_config", check)
     rtn(saved("llama"), tmp_path / "out")
 
 

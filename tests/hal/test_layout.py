@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hal
+from hal import Spec
 from hal.layout import LAYOUTS, pack_awq, pack_stream, unpack_awq, unpack_stream
+from hal.testing import quantized, weights
 
 
 def bit_by_bit(values: list[int], bits: int) -> list[int]:
@@ -94,3 +96,16 @@ def test_gptq_column_is_the_stream_along_k() -> None:
     for g in range(2):
         assert unsigned(packed["qzeros"][g]) == bit_by_bit(q.parts["zero"][:, g].tolist(), 3)
     assert torch.equal(packed["scales"], q.parts["scale"].t())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("spec", ["s4:g32:f16", "u4:g64:f16:int", "s3:g128:f16", "u2:g0:f16:int"])
+def test_what_is_described_is_what_is_packed(spec: str, layout: str) -> None:
+    parsed = Spec.parse(spec)
+    if not hal.refuse(parsed, (64, 256), layout):
+        packed = hal.pack(quantized(weights(64, 256, 1), parsed), layout).parts
+        described = hal.describe(parsed, (64, 256), layout)
+        assert {k: (t.dtype, tuple(t.shape)) for k, t in packed.items()} == {
+            k: (p.dtype, p.shape) for k, p in described.items()
+        }
+        assert [*packed] == [*described]

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of a checkpoint may be quantized: from its model (`views.survey_of`), or by names alone.
+
+By names no model is built and transformers is not imported, so rounding runs at the speed of the
+disk, also for architectures that transformers does not know. Of those it does know, only FAMILIES
+are read so, and only where a checkpoint holds exactly the tensors, of exactly the shapes, that its
+config asks for: the outcome is then that of the model, byte for byte
+(`tests/autoround/test_stream.py`).
+"""
+
+import importlib.util
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoround.models.checkpoint import Checkpoint
+
+# Small or sensitive projections that every serving engine keeps in 16 bits.
+KEPT = re.compile(
+    r"(^|\.)(router|gate|shared_expert_gate|weights_proj|modality_router|correction_coefs|x_proj|dt_proj"
+    r"|in_proj_(a|b|ba))$"
+)
+EXPERT = re.compile(r"\.experts\.\d+\.")
+#: Two-dimensional weights of a block that are tables or norms, whatever the architecture.
+TABLES = re.compile(r"(^|[._])(embed\w*|embeddings?|wte|wpe|\w*norm\w*|ln_\w+|conv\w*)$")
+FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One checkpoint tensor inside a view: the module it belongs to there (the name an exporter
+    writes), its key, its half-open row range of the view, and whether it is stored [K, N]."""
+
+    module: str
+    key: str
+    rows: tuple[int, int]
+    transposed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WeightView:
+    """A parameter seen as [N, K]; fused experts [E, rows, K] lie below each other, N = E * rows."""
+
+    param: str
+    shape: tuple[int, int]
+    experts: int
+    parts: tuple[Part, ...]
+    param_shape: tuple[int, ...]
+    transposed: bool = False  # the parameter is [K, N] (Conv1D)
+    tied: tuple[str, ...] = ()  # other parameters that are the same tensor
+
+    def matrix(self, p: Tensor) -> Tensor:
+        """Parameter in its own shape -> [N, K], a view of it."""
+        return p.t() if self.transposed else p.reshape(self.shape)
+
+    def restore(self, m: Tensor) -> Tensor:
+        """[N, K] -> the parameter's own shape, differentiable, a view of it."""
+        return m.t() if self.transposed else m.reshape(self.param_shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """Everything a plan needs to know of a model.
+
+    ``blocks``: quantizable weights of every block, in order. ``kept``: other weights of the blocks,
+    by checkpoint module or key -> why. ``head``: the output projection, unless it is the embedding.
+    ``prefix``: name of the list of blocks. ``unused``: keys without a home in the model.
+    """
+
+    checkpoint: Checkpoint
+    blocks: tuple[tuple[WeightView, ...], ...]
+    kept: dict[str, str]
+    head: WeightView | None
+    prefix: str
+    unused: frozenset[str]
+
+
+def refuse_names(checkpoint: Checkpoint) -> str | None:
+    """Why the names of this checkpoint do not say enough, or None."""
+    config, entries = checkpoint.config, checkpoint.entries
+    kind = str(config.get("model_type", ""))
+    if _known(kind):
+        if kind not in FAMILIES:
+            return f"{kind} is built by transformers"
+        wanted, held = _tensors(config), {key: entry.shape for key, entry in entries.items()}
+        if wanted != held:
+            differ = sorted(dict(wanted.items() ^ held.items())) or ["its config"]
+            return f"{differ[0]} is not what its config says"
+    elif config.get("tie_word_embeddings") and "lm_head.weight" in entries:
+        return "its head is stored and tied"
+    if _dtype(checkpoint) is None:
+        return "its weights are not in f16, bf16 or f32"
+    return None if _inside(entries) else "no list of blocks shows in its names"
+
+
+#: Families of transformers whose tensors follow from the config; `_tensors` knows them.
+FAMILIES = ("llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe")
+
+
+def _tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a model of FAMILIES; empty where a size is missing."""
+    try:
+        hidden, vocabulary = config["hidden_size"], config["vocab_size"]
+        shapes = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
+        if not config.get("tie_word_embeddings", False):
+            shapes["lm_head.weight"] = (vocabulary, hidden)
+        for index in range(config["num_hidden_layers"]):
+            block = _attention(config) | _feed_forward(config, index)
+            shapes |= {f"model.layers.{index}.{name}": shape for name, shape in block.items()}
+    except (KeyError, TypeError):
+        return {}
+    return shapes
+
+
+def _attention(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    kind, hidden, heads = config["model_type"], config["hidden_size"], config["num_attention_heads"]
+    dim = config.get("head_dim") or hidden // heads
+    q, kv = heads * dim, config["num_key_value_heads"] * dim
+    rows = {"q": q, "k": kv, "v": kv} if kind != "phi3" else {"qkv": q + 2 * kv}
+    shapes: dict[str, tuple[int, ...]] = {
+        f"self_attn.{name}_proj.weight": (n, hidden) for name, n in rows.items()
+    }
+    if kind == "qwen2" or config.get("attention_bias"):
+        shapes |= {f"self_attn.{name}_proj.bias": (n,) for name, n in rows.items()}
+    if kind != "qwen2" and config.get("attention_bias"):
+        shapes["self_attn.o_proj.bias"] = (hidden,)
+    if kind in ("qwen3", "qwen3_moe"):
+        shapes |= {f"self_attn.{name}_norm.weight": (dim,) for name in "qk"}
+    norms = ("input_layernorm", "post_attention_layernorm")
+    shapes |= {f"{name}.weight": (hidden,) for name in norms}
+    return shapes | {"self_attn.o_proj.weight": (hidden, q)}
+
+
+def _feed_forward(config: Mapping[str, Any], index: int) -> dict[str, tuple[int, ...]]:
+    kind, hidden, inner = config["model_type"], config["hidden_size"], config["intermediate_size"]
+    if kind == "phi3":
+        return {
+            "mlp.gate_up_proj.weight": (2 * inner, hidden),
+            "mlp.down_proj.weight": (hidden, inner),
+        }
+    up, down = ("gate_proj", "up_proj"), "down_proj"
+    where = ["mlp"]
+    shapes: dict[str, tuple[int, ...]] = {}
+    if kind == "mixtral":
+        up, down, where = ("w1", "w3"), "w2", ["block_sparse_moe"]
+    if kind == "mixtral" or (kind == "qwen3_moe" and _sparse(config, index)):
+        experts = config.get("num_local_experts") or config["num_experts"]
+        inner = inner if kind == "mixtral" else config["moe_intermediate_size"]
+        shapes[f"{where[0]}.gate.weight"] = (experts, hidden)
+        where = [f"{where[0]}.experts.{e}" for e in range(experts)]
+    for at in where:
+        shapes |= {f"{at}.{name}.weight": (inner, hidden) for name in up}
+        shapes[f"{at}.{down}.weight"] = (hidden, inner)
+    return shapes
+
+
+def _sparse(config: Mapping[str, Any], index: int) -> bool:
+    """Whether a block of Qwen3-MoE has experts."""
+    dense: Sequence[int] = config["mlp_only_layers"] or ()
+    return index not in dense and (index + 1) % int(config["decoder_sparse_step"]) == 0
+
+
+@cache
+def _known(model_type: str) -> bool:
+    """Whether transformers has a class for it, without importing transformers."""
+    found = importlib.util.find_spec("transformers")
+    if found is None or found.origin is None:
+        return False
+    tables = (Path(found.origin).parent / "models" / "auto").glob("*.py")
+    return any(f'"{model_type}"' in table.read_text() for table in tables)
+
+
+def _dtype(checkpoint: Checkpoint) -> torch.dtype | None:
+    """What the model computes in: named by the config, else that of its first float tensor."""
+    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    if named is not None:
+        known = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
+        return known.get(str(named))
+    floats = (FLOATS[e.dtype] for e in checkpoint.entries.values() if e.dtype in FLOATS)
+    return next(floats, None)
+
+
+def _inside(keys: Iterable[str]) -> list[tuple[str, int, str]]:
+    """(list, index, key) of every tensor in the longest numbered list; experts are no blocks."""
+    found: dict[str, list[tuple[str, int, str]]] = {}
+    for key in keys:
+        if match := re.match(r"(.*?)\.(\d+)\.", key):
+            found.setdefault(match[1], []).append((match[1], int(match[2]), key))
+    return max(found.values(), key=len, default=[])
+
+
+def by_names(checkpoint: Checkpoint) -> Survey:
+    """The survey of a checkpoint that `refuse_names` has no objection to."""
+    inside = _inside(checkpoint.entries)
+    blocks: dict[int, list[WeightView]] = {index: [] for index in sorted({i for _, i, _ in inside})}
+    kept: dict[str, str] = {}
+    for _, index, key in inside:
+        shape = checkpoint.entries[key].shape
+        if len(shape) < 2:
+            continue
+        made = _by_name(checkpoint, key)
+        if isinstance(made, str):
+            kept[key.removesuffix(".weight")] = made
+        else:
+            blocks[index].append(made)
+    head = _by_name(checkpoint, "lm_head.weight") if "lm_head.weight" in checkpoint.entries else ""
+    return Survey(
+        checkpoint,
+        tuple(map(tuple, blocks.values())),
+        kept,
+        None if isinstance(head, str) else head,
+        inside[0][0],
+        frozenset(),
+    )
+
+
+def _by_name(checkpoint: Checkpoint, key: str) -> WeightView | str:
+    entry, module = checkpoint.entries[key], key.removesuffix(".weight")
+    if KEPT.search(module):
+        return f"{module.rpartition('.')[2]} keeps the checkpoint's precision (router or state)"
+    if not key.endswith(".weight") or len(entry.shape) != 2 or TABLES.search(module):
+        return f"{key} is not the weight of a linear layer"
+    if entry.dtype not in FLOATS:
+        return f"{key} is stored in {entry.dtype}"
+    n, k = entry.shape
+    return WeightView(key, (n, k), 1, (Part(module, key, (0, n), False),), (n, k))
+
+
+def weight(view: WeightView, checkpoint: Checkpoint) -> Tensor:
+    """The float weight ``[N, K]`` of a view made by names, in the dtype the model computes in."""
+    dtype = _dtype(checkpoint)
+    assert dtype is not None
+    stored = checkpoint.get(view.param)
+    if not all(bound.isfinite() for bound in torch.aminmax(stored)):
+        checkpoint.scan_finite([view.param])
+    return stored.to(dtype)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run from outside: what it is given, what it tells on the way, what it leaves."""
+
+import math
+import resource
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from autoround.calib import TokenSet
+from autoround.plan import ModelPlan
+from autoround.recipe import Recipe
+
+
+class Progress(Protocol):
+    """What a run tells about itself."""
+
+    def planned(self, plan: ModelPlan) -> None: ...
+    def calibrated(self, tokens: TokenSet) -> None: ...
+    def block_started(self, index: int, name: str) -> None: ...
+    def step(self, t: int, loss: float) -> None: ...
+    def block_done(self, report: "BlockReport") -> None: ...
+
+
+class Silent:
+    """A run that tells nothing."""
+
+    def planned(self, plan: ModelPlan) -> None: ...
+    def calibrated(self, tokens: TokenSet) -> None: ...
+    def block_started(self, index: int, name: str) -> None: ...
+    def step(self, t: int, loss: float) -> None: ...
+    def block_done(self, report: "BlockReport") -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class BlockReport:
+    """One block's outcome.
+
+    Losses are mean squared errors over the samples held out of tuning, or all where none are; NaN
+    without data.
+    """
+
+    index: int
+    name: str
+    loss_rtn: float
+    loss: float
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(slots=True)
+class Run:
+    """What a finished run leaves: the artefact's directory and how it came about."""
+
+    output: Path
+    plan: ModelPlan
+    tokens: TokenSet | None
+    progress: Progress
+    source_bytes: int
+    blocks: list[BlockReport] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def record(self, recipe: Recipe) -> dict[str, Any]:
+        """What decided the bytes of the output, and the losses; no times."""
+        used = self.tokens and {"digest": self.tokens.digest, "shape": [*self.tokens.ids.shape]}
+        losses = [
+            # A block that text never reached has none; NaN would not be JSON.
+            {"name": b.name}
+            | ({} if math.isnan(b.loss) else {"loss_rtn": b.loss_rtn, "loss": b.loss})
+            for b in self.blocks
+        ]
+        return {
+            "recipe": recipe.to_json(),
+            "calibration": used,
+            "blocks": losses if self.tokens else [],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The model to quantize and the devices and trust given to it."""
+
+    model: str | Path
+    device: torch.device
+    trust_remote_code: bool = False
+
+
+def peak_bytes() -> int:
+    """Largest resident size of this process so far, mapped file pages included."""
+    try:
+        # ru_maxrss starts at the parent's size after fork and exec; VmHWM is this program's own.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
