@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -q
 NATIVE := CMakeLists.txt $(wildcard cmake/*) $(wildcard csrc/*)
 
-.PHONY: install demo test test-slow lint types check interop sizes lock clean
+.PHONY: install demo test test-slow lint types check interop peers sizes lock clean
 
 install: $(VENV)/.installed
 
@@ -48,6 +48,10 @@ interop: install $(PEER)/.ready
 
 $(PEER)/.ready: | install
 	$(PY) -c 'from benchmarks.tuning import environment; environment("auto-round")'
+
+# llama.cpp and auto-round-lib, for `python -m benchmarks ops|decode`: compiles for minutes.
+peers: install
+	$(PY) -c 'from benchmarks._peer import install; install()'
 
 sizes:
 	@$(PYTHON) tools/sizes.py

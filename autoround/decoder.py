@@ -56,7 +56,7 @@ def refuse(model: Any) -> str | None:
     if dim % BLOCK or dim > 256:
         return f"its heads have {dim} columns, not a multiple of {BLOCK} up to 256"
     linears = [m for m in model.model.layers.modules() if hasattr(m, "in_features")]
-    if wrong := {type(m).__name__ for m in linears if type(m) not in (nn.Linear, QLinear)}:
+    if wrong := {type(m).__name__ for m in linears if not isinstance(m, nn.Linear | QLinear)}:
         return f"it has layers of type {wrong.pop()}"
     return None
 
@@ -97,12 +97,13 @@ class Decoder:
     @torch.inference_mode()
     def extend(self, ids: Tensor) -> Tensor:
         """Append ``ids [M]`` i64; logits ``[V]`` after the last. InputError when it gets full."""
-        if not len(ids) or self.used + len(ids) > self.length:
+        count = ids.shape[0]
+        if not count or self.used + count > self.length:
             raise InputError(
-                f"{self.used} + {len(ids)} tokens do not fit a decoder of {self.length}; give it "
-                "a greater length"
+                f"{self.used} + {count} tokens do not fit a decoder of {self.length}; give it a "
+                "greater length"
             )
-        for piece in torch.split(ids, CHUNK):
+        for piece in torch.split(ids, CHUNK) if count > CHUNK else (ids,):
             x = self._forward(piece)
         return self._head(x[-1:])[0]
 
@@ -116,7 +117,7 @@ class Decoder:
             x = ops.norm(stream, y, b.norm, eps)
             y = b.down(ops.gate(b.gate_up(x)))
             x = ops.norm(stream, y, b.next_norm, eps)
-        self.used += len(ids)
+        self.used += ids.shape[0]
         return x
 
     def rewind(self) -> None:

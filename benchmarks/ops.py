@@ -7,9 +7,11 @@ each turn's ratio, so that a neighbour on the machine slows both sides of a rati
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import statistics
 import time
@@ -21,10 +23,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import hal
+from benchmarks._peer import ABSENT, Peer, installed
 from hal.backends import cpu
 
+#: A run may return its own seconds, measured where it happened.
 Run = Callable[[], object]
-Peer = Callable[[Tensor, int], Tensor]
+Torch = Callable[[Tensor, int], Tensor]
+
+
+#: 4-bit products of other libraries, whatever our width: groups of 128; Q4_0 and Q4_K have 32.
+PEERS = ("auto-round-lib", "ggml Q4_0", "ggml Q4_K")
+PEER_GROUP = 128
+FULL_SHAPES = (
+    (4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (1024, 4096), (151936, 2048),
+    (768, 768), (5120, 13824),
+)  # fmt: skip
+FULL_M = (1, 2, 3, 4, 6, 8, 16, 32, 64, 128, 256, 512, 2048)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +59,7 @@ class Row:
     of_peak: float
     x_dense: float
     x_int4pack: float
+    x_peers: dict[str, float]
 
     @property
     def of_roofline(self) -> float:
@@ -55,12 +70,14 @@ class Row:
             f"{self.spec:16} {self.n:6} {self.k:6} {self.m:5} {self.threads} {self.place:4} "
             f"{self.kernel:15} {self.ms:8.3f} {self.gb_s:6.1f} {self.gflop_s:7.0f} "
             f"{self.of_read:6.2f} {self.of_peak:6.2f} {self.x_dense:8.2f} {self.x_int4pack:10.2f}"
+            + "".join(f" {self.x_peers.get(name, math.nan):{len(name) + 2}.2f}" for name in PEERS)
         )
 
 
 HEAD = (
     f"{'spec':16} {'N':>6} {'K':>6} {'m':>5} T {'':4} {'kernel':15} {'ms':>8} {'GB/s':>6} "
     f"{'GFLOP/s':>7} {'/read':>6} {'/peak':>6} {'x dense':>8} {'x int4pack':>10}"
+    + "".join(f" x {name}" for name in PEERS)
 )
 
 
@@ -74,13 +91,14 @@ def turns(runs: Sequence[Run], budget: float) -> list[list[float]]:
         own = []
         for run in runs:
             start = time.perf_counter()
-            run()
-            own.append(time.perf_counter() - start)
+            told = run()
+            seconds = time.perf_counter() - start
+            own.append(told if isinstance(told, float) else seconds)
         times.append(own)
     return times
 
 
-def int4pack(w: Tensor, group: int) -> Peer:
+def int4pack(w: Tensor, group: int) -> Torch:
     """torch's CPU int4 product over ``count`` copies: (x, copy) -> y."""
     codes = torch.randint(0, 16, w.shape, dtype=torch.int32)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
@@ -96,7 +114,7 @@ def int4pack(w: Tensor, group: int) -> Peer:
     return run
 
 
-def dense(w: Tensor) -> Peer:
+def dense(w: Tensor) -> Torch:
     """torch's bf16 linear over ``count`` copies."""
     copies = [w]
 
@@ -118,22 +136,44 @@ def copies_of(ready: hal.Weight, count: int) -> list[hal.Weight]:
 
 
 def products(options: argparse.Namespace) -> list[Row]:
-    """Every spec, m, number of threads; hot = one copy, cold = rotating over ``cold`` GB."""
-    shape, cold = (options.shape[0], options.shape[1]), int(options.cold * 1e9)
+    """Every shape, spec, place, m and number of threads."""
+    rows = []
+    with contextlib.ExitStack() as stack:
+        peer = stack.enter_context(Peer("kernels_server.py")) if installed() else None
+        if peer is None:
+            print(f"{', '.join(PEERS)} {ABSENT}")
+        places = {"hot": 0, "cold": int(options.cold * 1e9)}
+        for shape, (place, size) in itertools.product(options.shape, places.items()):
+            if place == "hot" or size:
+                rows += products_of(tuple(shape), place, size, peer, options)
+    return rows
+
+
+def products_of(
+    shape: tuple[int, int], place: str, size: int, peer: Peer | None, options: argparse.Namespace
+) -> list[Row]:
+    """One shape: hot = one copy, cold = rotating over ``size`` bytes of each weight."""
     n, k = shape
     w = torch.randn(n, k).bfloat16()
-    linear, four = dense(w), int4pack(w, 128)
+    linear, four = dense(w), int4pack(w, PEER_GROUP)
+    few = max(1, size // (n * k // 2))
+    found = []
+    for name in PEERS if peer else ():
+        assert peer is not None
+        if reason := peer.ask("weight", name, n, k, PEER_GROUP, few):
+            print(f"{name}: {reason}")
+        else:
+            found.append(name)
     rows = []
-    for text, (place, size) in itertools.product(options.spec, {"hot": 0, "cold": cold}.items()):
-        if place == "cold" and not cold:
-            continue
+    for text in options.spec:
         spec = hal.Spec.parse(text)
         q = hal.quantize(w, hal.search(w, spec), spec)
         act = hal.Act("s8", spec.group) if options.fast else None
         ready = hal.prepare(q, dtype=torch.bfloat16, act=act)
         pool = copies_of(ready, max(1, size // ready.nbytes))
-        others = (max(1, size // (n * k * 2)), max(1, size // (n * k // 2)))
-        bench = Bench(text, shape, place, pool, linear, four, others, options.seconds)
+        others = (max(1, size // (n * k * 2)), few)
+        torches = (linear, four, others)
+        bench = Bench(text, shape, place, pool, *torches, peer, found, options.seconds)
         for m, t in itertools.product(options.m, options.threads):
             torch.set_num_threads(t)
             rows.append(product(bench, m, t))
@@ -149,9 +189,11 @@ class Bench:
     shape: tuple[int, int]
     place: str
     pool: list[hal.Weight]
-    linear: Peer
-    four: Peer
+    linear: Torch
+    four: Torch
     copies: tuple[int, int]
+    peer: Peer | None
+    peers: list[str]
     budget: float
 
 
@@ -173,6 +215,8 @@ def product(b: Bench, m: int, threads: int) -> Row:
     probes: list[Run] = [read, lambda: native.probe_peak(isa, units, threads)]
     ops = native.probe_peak(isa, units, threads)
     codes = pool[0].parts["codes"].numel()
+    for name in b.peers:
+        peers.append(lambda name=name: b.peer and b.peer.ask("run", name, m, threads))  # type: ignore[misc]
     times = turns([ours, *probes, *peers], b.budget)
 
     def over(of: Callable[[list[float]], float]) -> float:
@@ -194,6 +238,10 @@ def product(b: Bench, m: int, threads: int) -> Row:
         of_peak=over(lambda own: own[2] / own[0]) * work / ops,
         x_dense=over(lambda own: own[3] / own[0]),
         x_int4pack=over(lambda own: own[4] / own[0]),
+        x_peers={
+            name: over(lambda own, i=i: own[i] / own[0])  # type: ignore[misc]
+            for i, name in enumerate(b.peers, 5)
+        },
     )
 
 
@@ -260,7 +308,8 @@ def sweeps(n: int, k: int, budget: float) -> None:
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks ops", description=__doc__)
-    parser.add_argument("--shape", type=int, nargs=2, default=(4096, 4096), metavar=("N", "K"))
+    parser.add_argument("--shape", type=int, nargs=2, action="append", metavar=("N", "K"))
+    parser.add_argument("--full", action="store_true", help="every shape and m we answer for")
     parser.add_argument(
         "--spec", nargs="*", default=[f"s{bits}:g128:f16" for bits in (2, 3, 4, 5, 6, 8)]
     )
@@ -280,10 +329,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="fraction of the roofline over m")
     options = parser.parse_args(argv)
+    options.shape = options.shape or (FULL_SHAPES if options.full else FULL_SHAPES[:1])
+    options.m = FULL_M if options.full else options.m
     torch.set_num_threads(options.threads[0])
     with torch.inference_mode():
         if not options.no_sweeps:
-            sweeps(*options.shape, options.seconds)
+            sweeps(*options.shape[0], options.seconds)
         print("\n" + HEAD)
         rows = products(options)
     if options.json:

@@ -11,7 +11,7 @@ from hal import config, registry
 from hal import device as devices
 from hal.layout import LAYOUTS
 from hal.registry import Case, Unsupported
-from hal.spec import Spec
+from hal.spec import Act, Spec
 from hal.testing import check
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -110,6 +110,7 @@ def explain(options: argparse.Namespace) -> None:
         options.k,
         caps,
         m=registry.bucket(options.m) if options.op.startswith("qgemm") else 0,
+        act=Act("s8", Spec.parse(options.spec).group) if options.fast else None,
         experts=options.experts,
         layout=options.layout,
     )
@@ -132,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     why.add_argument("--n", type=int, default=4096)
     why.add_argument("--k", type=int, default=4096)
     why.add_argument("--m", type=int, default=1)
+    why.add_argument("--fast", action="store_true", help="activations in 8 bits are allowed")
     why.add_argument("--experts", type=int, default=1)
     why.add_argument("--layout", default="plain", choices=LAYOUTS)
     why.add_argument("--dtype", default="bf16", choices=DTYPES)

@@ -78,7 +78,7 @@ def block_ops(device: torch.device) -> BlockOps:
     for backend in backends():
         right = wanted in ("", backend.KIND or REFERENCE) and backend.KIND in (device.type, "")
         if right and backend.probe() is None:
-            return backend.BLOCK
+            return backend.block_ops()
     raise ValueError(f"HAL_BACKEND={wanted} has nothing for {device}")
 
 

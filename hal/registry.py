@@ -68,12 +68,13 @@ class Backend(Protocol):
     KIND: str
     KERNELS: tuple[Kernel, ...]
     LAYOUTS: tuple[Layout, ...]
-    BLOCK: BlockOps
 
     def probe(self) -> str | None:
         """None when usable on this machine, else the reason in words."""
 
     def caps(self, index: int) -> Caps: ...
+
+    def block_ops(self) -> BlockOps: ...
 
 
 class Unsupported(RuntimeError):

@@ -309,35 +309,37 @@ def _many_rows(case: Case) -> str | None:
 FEW_ROWS = 16  # more: torch's attention, which blocks over rows
 
 
-def _norm(x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    (m, k), out = x.shape, torch.empty_like(x)
-    at = (x.data_ptr(), _at(more), weight.data_ptr(), eps, out.data_ptr())
-    native().norm(isa(), m, k, DTYPES[x.dtype], *at, torch.get_num_threads())
-    return out
+def block_ops() -> BlockOps:
+    """The instruction set is looked up here, once: a token of a small model is 60 calls."""
+    module, level, threads = native(), isa(), torch.get_num_threads
+    empty, empty_like = torch.empty, torch.empty_like
 
+    def norm(x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        (m, k), out = x.shape, empty_like(x)
+        at = (x.data_ptr(), _at(more), weight.data_ptr(), eps, out.data_ptr())
+        module.norm(level, m, k, DTYPES[x.dtype], *at, threads())
+        return out
 
-def _gate(x: Tensor) -> Tensor:
-    m, n = x.shape[0], x.shape[1] // 2
-    out = torch.empty(m, n, dtype=x.dtype)
-    at = (x.data_ptr(), out.data_ptr())
-    native().gate(isa(), m, n, DTYPES[x.dtype], *at, torch.get_num_threads())
-    return out
+    def gate(x: Tensor) -> Tensor:
+        m, n = x.shape[0], x.shape[1] // 2
+        out = empty(m, n, dtype=x.dtype)
+        module.gate(level, m, n, DTYPES[x.dtype], x.data_ptr(), out.data_ptr(), threads())
+        return out
 
+    def attend(qkv: Tensor, a: Attention, at: int) -> Tensor:
+        m = qkv.shape[0]
+        if m > FEW_ROWS:
+            return block.attend(qkv, a, at)
+        if a.handle is None:
+            shape = (a.heads, a.kv_heads, a.dim, a.length, DTYPES[qkv.dtype], a.eps, a.scale)
+            tables = (a.q_norm, a.k_norm, a.cos, a.sin, a.keys, a.values)
+            a.handle = module.Attention(*shape, *map(_at, tables))
+        out = empty(m, a.heads * a.dim, dtype=qkv.dtype)
+        a.handle.attend(level, qkv.data_ptr(), m, at, out.data_ptr(), threads())
+        return out
 
-def _attend(qkv: Tensor, a: Attention, at: int) -> Tensor:
-    m = qkv.shape[0]
-    if m > FEW_ROWS:
-        return block.attend(qkv, a, at)
-    if a.handle is None:
-        shape = (a.heads, a.kv_heads, a.dim, a.length, DTYPES[qkv.dtype], a.eps, a.scale)
-        tables = (a.q_norm, a.k_norm, a.cos, a.sin, a.keys, a.values)
-        a.handle = native().Attention(*shape, *map(_at, tables))
-    out = torch.empty(m, a.heads * a.dim, dtype=qkv.dtype)
-    a.handle.attend(isa(), qkv.data_ptr(), m, at, out.data_ptr(), torch.get_num_threads())
-    return out
+    return BlockOps(norm, gate, attend)
 
-
-BLOCK = BlockOps(_norm, _gate, _attend)
 
 LAYOUTS = (Layout("cpu.tiles", lambda spec, n, k: None, _tile, _untile, TILE),)
 

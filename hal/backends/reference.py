@@ -14,7 +14,6 @@ from hal.spec import Spec
 
 KIND = ""
 LAYOUTS: tuple[Layout, ...] = ()
-BLOCK = block.BlockOps(block.norm, block.gate, block.attend)
 
 
 def probe() -> str | None:
@@ -23,6 +22,10 @@ def probe() -> str | None:
 
 def caps(index: int) -> Caps:
     raise LookupError("the reference backend has no device of its own")
+
+
+def block_ops() -> block.BlockOps:
+    return block.BlockOps(block.norm, block.gate, block.attend)
 
 
 def _search(

@@ -17,7 +17,8 @@ from autoround.cli import app
 from autoround.errors import InputError
 from autoround.evaluate import evaluate
 from autoround.options import build_recipe
-from autoround.pipeline import Source, quantize
+from autoround.pipeline import quantize
+from autoround.run import Source
 from hal import QLinear, Weight
 from hal.testing import quantized, weights
 

@@ -101,4 +101,6 @@ def test_command_line() -> None:
     assert "qgemm_grouped" in status.stdout
     explained = run("explain", "s4:g128:f16", "--m", "1", HAL_BACKEND="reference")
     assert "reference.qgemm  serves" in explained.stdout
+    fast = run("explain", "s4:g128:f16", "--m", "1", "--fast", HAL_ISA="scalar")
+    assert "no integer dot products" in fast.stdout or cpu.probe()
     assert run("matrix").stdout.startswith("| cpu |")
