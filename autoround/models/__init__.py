@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from autoround.models.loader import StreamedModel
     from autoround.models.samples import Call, Samples, split
     from autoround.models.survey import Part, Survey, WeightView
-    from autoround.models.views import head_view, skipped, survey_of, verify, views
+    from autoround.models.views import head_view, skipped, survey_of, verify, views_of
 
 _HOMES = {
     "BlockList": "blocks",
@@ -35,7 +35,7 @@ _HOMES = {
     "split": "samples",
     "survey_of": "views",
     "verify": "views",
-    "views": "views",
+    "views_of": "views",
 }
 __all__ = [
     "BlockList",
@@ -55,13 +55,11 @@ __all__ = [
     "split",
     "survey_of",
     "verify",
-    "views",
+    "views_of",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'autoround.models' has no attribute {name!r}")
-    found = getattr(import_module(f"autoround.models.{_HOMES[name]}"), name)
-    globals()[name] = found  # a function may have its module's name
-    return found
+    return getattr(import_module(f"autoround.models.{_HOMES[name]}"), name)

@@ -16,7 +16,7 @@ PLAIN_LINEARS = frozenset({"FalconLinear"})
 
 def survey_of(streamed: StreamedModel) -> Survey:
     """What a plan needs to know of the model."""
-    surveyed = [views(streamed, name) for name in streamed.blocks.names]
+    surveyed = [views_of(streamed, name) for name in streamed.blocks.names]
     # Two blocks with one weight: rounded for the first, it would be wrong for the later one.
     shared = [view for block in surveyed for view in block if view.tied]
     return Survey(
@@ -41,7 +41,7 @@ def _kept_modules(streamed: StreamedModel, shared: list[WeightView]) -> dict[str
     return kept
 
 
-def views(streamed: StreamedModel, block_name: str) -> list[WeightView]:
+def views_of(streamed: StreamedModel, block_name: str) -> list[WeightView]:
     """All quantizable weights under a module, in model order; nothing need be materialised."""
     return _survey(streamed, block_name)[0]
 

@@ -26,7 +26,7 @@ from autoround.models import (
     skipped,
     split,
     verify,
-    views,
+    views_of,
 )
 
 DENSE = [
@@ -145,7 +145,7 @@ def test_views_are_the_checkpoint_bit_for_bit(name: str, saved: Callable[..., Pa
     seen: list[str] = []
     for index, block in enumerate(streamed.blocks.names):
         with streamed.block(index):
-            found = views(streamed, block)
+            found = views_of(streamed, block)
             for view in found:
                 verify(view, streamed)
                 p = streamed.model.get_parameter(view.param)
@@ -172,7 +172,7 @@ def test_every_key_has_one_home(name: str, saved: Callable[..., Path]) -> None:
 
 def test_expert_parts_carry_the_checkpoint_names(saved: Callable[..., Path]) -> None:
     streamed = StreamedModel(Checkpoint(saved("mixtral")))
-    view = next(v for v in views(streamed, "model.layers.0") if v.param.endswith("gate_up_proj"))
+    view = next(v for v in views_of(streamed, "model.layers.0") if v.param.endswith("gate_up_proj"))
     assert (view.experts, view.shape) == (4, (4 * 2 * 96, 64))
     part = view.parts[3]
     assert part.module == "model.layers.0.block_sparse_moe.experts.1.w3"
@@ -182,7 +182,9 @@ def test_expert_parts_carry_the_checkpoint_names(saved: Callable[..., Path]) -> 
 
 def test_conv1d_views_are_transposed(saved: Callable[..., Path]) -> None:
     streamed = StreamedModel(Checkpoint(saved("gpt2")))
-    view = next(v for v in views(streamed, "transformer.h.0") if v.param.endswith("c_attn.weight"))
+    view = next(
+        v for v in views_of(streamed, "transformer.h.0") if v.param.endswith("c_attn.weight")
+    )
     assert (view.shape, view.transposed) == ((192, 64), True)
     assert all(part.transposed for part in view.parts)
 
@@ -190,7 +192,7 @@ def test_conv1d_views_are_transposed(saved: Callable[..., Path]) -> None:
 def test_restore_is_differentiable(saved: Callable[..., Path]) -> None:
     for name in ("gpt2", "qwen3_moe"):
         streamed = StreamedModel(Checkpoint(saved(name)))
-        for view in views(streamed, streamed.blocks.names[0]):
+        for view in views_of(streamed, streamed.blocks.names[0]):
             m = torch.randn(view.shape, requires_grad=True)
             (2 * view.restore(m)).sum().backward()
             assert torch.equal(m.grad, torch.full(view.shape, 2.0))
@@ -199,7 +201,7 @@ def test_restore_is_differentiable(saved: Callable[..., Path]) -> None:
 def test_verify_refuses_a_wrong_mapping(saved: Callable[..., Path]) -> None:
     streamed = StreamedModel(Checkpoint(saved("mixtral")))
     with streamed.block(0):
-        view = next(v for v in views(streamed, "model.layers.0") if v.experts > 1)
+        view = next(v for v in views_of(streamed, "model.layers.0") if v.experts > 1)
         a, b, *rest = view.parts
         swapped = (replace(a, key=b.key), replace(b, key=a.key), *rest)
         with pytest.raises(InputError, match=r"are not .*w3"):
@@ -231,7 +233,7 @@ def test_tied_weights_are_one_tensor(saved: Callable[..., Path]) -> None:
 
 def test_weights_tied_between_blocks_are_seen_once(saved: Callable[..., Path]) -> None:
     streamed = StreamedModel(Checkpoint(saved("zamba2")))
-    first = [v for v in views(streamed, "model.layers.1") if v.tied]
+    first = [v for v in views_of(streamed, "model.layers.1") if v.tied]
     assert first
     assert all(name.startswith("model.layers.3.") for v in first for name in v.tied)
     reasons = skipped(streamed, "model.layers.3")
@@ -306,7 +308,7 @@ def test_remote_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = drive(streamed, inputs, size=3)
     for i, given in enumerate(inputs):
         assert torch.equal(results[i].logits, reference(**given).logits)
-    assert [v.shape for v in views(streamed, "layers.0")] == [(32, 8), (8, 32)]
+    assert [v.shape for v in views_of(streamed, "layers.0")] == [(32, 8), (8, 32)]
 
 
 def test_loading_is_silent(saved: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> None:
