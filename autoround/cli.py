@@ -96,6 +96,32 @@ def quantize(
             "Batches a step. [1]", "--gradient-accumulate-steps", "--gradient_accumulate_steps"
         ),
     ] = None,
+    disable_minmax_tuning: Annotated[
+        bool,
+        typer.Option(
+            "--disable-minmax-tuning", "--disable_minmax_tuning", help="Leave the ranges alone."
+        ),
+    ] = False,
+    disable_quanted_input: Annotated[
+        bool,
+        typer.Option(
+            "--disable-quanted-input",
+            "--disable_quanted_input",
+            help="Tune every block on the float model's inputs.",
+        ),
+    ] = False,
+    not_use_best_mse: Annotated[
+        bool,
+        typer.Option(
+            "--not-use-best-mse", "--not_use_best_mse", help="Keep the last step, not the best."
+        ),
+    ] = False,
+    dynamic_max_gap: Annotated[
+        int | None,
+        _option(
+            "Steps without a better one that end a block.", "--dynamic-max-gap", "--dynamic_max_gap"
+        ),
+    ] = None,
     seed: Annotated[int | None, _option("Seed of every random choice. [42]")] = None,
     max_shard_size: Annotated[
         str | None, _option("Largest file. [5GB]", "--max-shard-size", "--max_shard_size")
@@ -128,6 +154,10 @@ def quantize(
         "seqlen": seqlen,
         "batch_size": batch_size,
         "gradient_accumulate_steps": gradient_accumulate_steps,
+        "enable_minmax_tuning": False if disable_minmax_tuning else None,
+        "enable_quanted_input": False if disable_quanted_input else None,
+        "not_use_best_mse": not_use_best_mse or None,
+        "dynamic_max_gap": dynamic_max_gap,
         "seed": seed,
         "max_shard_size": max_shard_size,
     }

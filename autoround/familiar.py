@@ -2,7 +2,8 @@
 """The commands of the known tool: `auto-round`, `-best`, `-light`, `-rtn`, with its flags.
 
 They are `autoround quantize` with a recipe; ``--model`` names the model and ``--output_dir`` the
-parent of the result, which is called ``<model>-w4g128`` there.
+parent of the result, which is called ``<model>-w4g128`` there. Flags for low memory, determinism
+and compilation are taken and change nothing: blocks are streamed, runs repeat, kernels are native.
 """
 
 import sys
@@ -25,6 +26,15 @@ RENAMED = {
     "--devices": "--device-map",
 }
 
+#: What the known tool does on request only and we always do, or have no need of.
+ALWAYS = {
+    "--low_gpu_mem_usage",
+    "--low_cpu_mem_usage",
+    "--enable_deterministic_algorithms",
+    "--enable_torch_compile",
+    "--disable_torch_compile",
+}
+
 
 def translate(arguments: list[str], recipe: str | None) -> list[str]:
     """The same request in our own command's words. Raises InputError without a model."""
@@ -34,6 +44,8 @@ def translate(arguments: list[str], recipe: str | None) -> list[str]:
     for word in words:
         if word in MODEL:
             model = next(words, None)
+        elif word in ALWAYS:
+            continue
         elif not own and not word.startswith("-") and model is None:
             model = word
         else:

@@ -15,7 +15,14 @@ from autoround.scheme import Scheme
 from hal import device as devices
 
 #: Choices that only steps use. Giving one without naming a recipe asks for SignRound.
-STEPS_ONLY = ("lr", "minmax_lr", "gradient_accumulate_steps", "enable_minmax_tuning")
+STEPS_ONLY = (
+    "lr",
+    "minmax_lr",
+    "gradient_accumulate_steps",
+    "enable_minmax_tuning",
+    "not_use_best_mse",
+    "dynamic_max_gap",
+)
 #: Choices that only a run with data uses.
 DATA_ONLY = ("dataset", "nsamples", "seqlen", "batch_size", "enable_quanted_input", "seed")
 

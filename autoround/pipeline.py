@@ -40,7 +40,17 @@ from autoround.models import (
 from autoround.plan import Layer, ModelPlan, make_plan
 from autoround.recipe import Recipe, shard_bytes
 from autoround.run import BlockReport, Progress, Run, Silent, Source, peak_bytes
-from autoround.stages import BlockTask, Feedback, Kept, LayerTask, Measure, Search, SignRound, Stage
+from autoround.stages import (
+    BlockTask,
+    Feedback,
+    Kept,
+    LayerTask,
+    Measure,
+    Search,
+    SignRound,
+    Stage,
+    WeightedSearch,
+)
 from autoround.stages.task import hidden
 
 #: One sample in so many only judges what the closed form makes of the others.
@@ -165,7 +175,7 @@ class _Engine:
         task.x = tuned_on = quants if quants.indices else floats
         task.floats = floats
         if self.recipe.feedback:
-            task.held = tuned_on.indices[n - n // HELD_OUT :]
+            task.held = tuned_on.indices[1:][-max(1, n // HELD_OUT) :]
         if task.layers:
             self._run_stages(task)
         rounded = self._forward_all(task, tuned_on, _dequantized(task))
@@ -218,6 +228,8 @@ def _stages(recipe: Recipe, on_step: Callable[[int, float], None]) -> tuple[Stag
     size = recipe.batch_size
     if recipe.calibrates:
         stages.append(Measure("loss_rtn", size))
+    if recipe.search:
+        stages.append(WeightedSearch(size))
     if recipe.feedback:
         stages.append(Kept(Feedback(size), "loss_rtn", size))
     if recipe.iters:
@@ -239,6 +251,10 @@ def _signround(recipe: Recipe, on_step: Callable[[int, float], None]) -> SignRou
         minmax_lr,
         recipe.seed,
         on_step,
+        widest=2.0 if recipe.search else 1.0,
+        trim=lambda bits: 1e-3 if recipe.search and bits < 4 else 0.0,
+        keep_last=recipe.not_use_best_mse,
+        patience=recipe.dynamic_max_gap,
     )
 
 

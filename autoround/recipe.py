@@ -30,11 +30,12 @@ def shard_bytes(text: str) -> int:
 class Recipe:
     """Every choice of a quantization run. Names and defaults are the field's usual ones.
 
-    ``bits``, ``group_size``, ``sym`` override the scheme where not None. ``feedback``: rounding in
-    closed form. ``iters``: SignRound's steps, with ``feedback`` only for the weights that it cannot
-    reach (fused experts). Neither = round to nearest, no data needed. ``lr`` None = 1 / iters
-    (2 / iters from 1000 iterations on at 3 bits and below); ``minmax_lr`` None = ``lr``.
-    ``dataset`` None = the bundled pack.
+    ``bits``, ``group_size``, ``sym`` override the scheme where not None. What is done: ``search``
+    ranges, columns weighted by their inputs; ``feedback``: round in closed form; ``iters`` steps of
+    SignRound, with ``feedback`` only on the weights that it cannot reach (fused experts). None of
+    them = round to nearest, no data needed. ``lr`` None = 1 / iters (2 / iters from 1000 iterations
+    on at 3 bits and below); ``minmax_lr`` None = ``lr``. ``dynamic_max_gap``: end a block
+    after that many steps without a better one. ``dataset`` None = the bundled pack.
     """
 
     scheme: str = "W4A16"
@@ -45,11 +46,14 @@ class Recipe:
     ignore_layers: tuple[str, ...] = ()
     quant_lm_head: bool = False
     format: str = "auto_round"
+    search: bool = False
     feedback: bool = True
     iters: int = 200
     lr: float | None = None
     minmax_lr: float | None = None
     enable_minmax_tuning: bool = True
+    not_use_best_mse: bool = False
+    dynamic_max_gap: int | None = None
     enable_quanted_input: bool = True
     dataset: str | None = None
     nsamples: int = 128
@@ -66,6 +70,10 @@ class Recipe:
                 raise InputError(
                     f"{name}={getattr(self, name)} is too small; use {minimum} or more"
                 )
+        if self.dynamic_max_gap is not None and self.dynamic_max_gap < 1:
+            raise InputError(
+                f"dynamic_max_gap={self.dynamic_max_gap}: give 1 or more, or leave out"
+            )
         for name in ("lr", "minmax_lr"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
@@ -82,7 +90,7 @@ class Recipe:
     @property
     def calibrates(self) -> bool:
         """Whether the run needs data."""
-        return self.feedback or self.iters > 0
+        return self.search or self.feedback or self.iters > 0
 
     def learning_rate(self, bits: int) -> float:
         """Initial step of the rounding offset for a layer of ``bits``."""
@@ -105,6 +113,8 @@ RECIPES: dict[str, Recipe] = {
     "signround": Recipe(feedback=False),
     "signround-best": Recipe(feedback=False, iters=1000, nsamples=512),
     "signround-light": Recipe(feedback=False, iters=50, lr=5e-3),
+    "signround2": Recipe(feedback=False, search=True),
+    "rtn-searched": Recipe(feedback=False, iters=0, search=True),
     "rtn": Recipe(feedback=False, iters=0),
 }
 

@@ -20,13 +20,14 @@ RUNS = [
     ("W4 g128 RTN", ["--scheme", "W4A16", "--recipe", "rtn"]),
     ("W4 g128 tuned", ["--scheme", "W4A16", *TOKENS]),
     ("W3 g128 RTN", ["--scheme", "W3A16", "--recipe", "rtn"]),
+    ("W3 g128 tuned", ["--scheme", "W3A16", *TOKENS]),
     ("W2 g64 RTN", ["--scheme", "W2A16G64", "--recipe", "rtn"]),
     ("W2 g64 tuned", ["--scheme", "W2A16G64", *TOKENS]),
 ]
 
 
 def main(argv: list[str]) -> None:
-    """Quantize and evaluate every row of RUNS; ``--quick`` tunes 20 steps on 32 samples."""
+    """Quantize and evaluate every row of RUNS; ``--quick`` calibrates on 32 samples."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks demo", description=main.__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("-o", "--output", type=Path, default=Path("demo"))
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> None:
     for label, arguments in RUNS:
         out = options.output / label.replace(" ", "-").lower()
         tuned = "--recipe" not in arguments
-        quick = ["--iters", "20", "--nsamples", "32"] if options.quick and tuned else []
+        quick = ["--nsamples", "32"] if options.quick and tuned else []
         _autoround("quantize", str(MODEL), "-o", str(out), *arguments, *quick)
         text = _autoround("eval", str(out), "--against", str(MODEL), "--json", capture=True)
         rows.append((label, json.loads(text)))

@@ -55,7 +55,8 @@ def _peak(model: Path, output: Path, iters: int) -> int:
     shutil.rmtree(output, ignore_errors=True)
     tokens = output.parent / "tokens.safetensors"
     _tokens(tokens)
-    words = [str(model), str(tokens), str(output), "4", "128", str(iters), "4"]
+    steps = {"iters": iters, "batch_size": 4} if iters else {"iters": 0}
+    words = [str(model), str(tokens), str(output), json.dumps(steps)]
     command = [sys.executable, str(HERE / "peers" / "own.py"), *words]
     done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE)
     return int(json.loads(done.stdout.splitlines()[-1])["peak"])

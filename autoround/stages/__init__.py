@@ -3,7 +3,7 @@
 
 from autoround.stages.feedback import Feedback
 from autoround.stages.measure import Kept, Measure
-from autoround.stages.search import Search
+from autoround.stages.search import Search, WeightedSearch
 from autoround.stages.signround import SignRound
 from autoround.stages.task import BlockTask, LayerTask, Stage
 
@@ -16,4 +16,5 @@ __all__ = [
     "Search",
     "SignRound",
     "Stage",
+    "WeightedSearch",
 ]

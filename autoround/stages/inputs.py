@@ -49,8 +49,7 @@ def dataflow(task: BlockTask, indices: Sequence[int]) -> list[list[str]]:
         elif all(name not in names for _, names in groups):
             groups.append((x, [name]))
 
-    own = [name for name in task.layers if task.module.get_parameter(name).ndim == 2]
-    with torch.no_grad(), _hooks(task, own, seen):
+    with torch.no_grad(), watching(task, task.own, seen):
         task.forward(task.x.gather(indices), {})
     return [names for _, names in groups]
 
@@ -138,13 +137,13 @@ def _input(
             raise _Reached
 
     out: object = None
-    with torch.no_grad(), _hooks(task, [name], seen), suppress(_Reached):
+    with torch.no_grad(), watching(task, [name], seen), suppress(_Reached):
         out = task.forward(call, weights)
     return (found[0].flatten(0, -2) if found else None), out
 
 
 @contextmanager
-def _hooks(
+def watching(
     task: BlockTask, names: Sequence[str], seen: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
     """Tell ``seen`` what each layer is given while the block runs."""

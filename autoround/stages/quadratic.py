@@ -64,12 +64,13 @@ class Grid:
 def damped(h: Tensor, share: float) -> Tensor:
     """``h`` in f64 with a share of its mean diagonal added: safe to invert."""
     h = h.double()
-    return h + torch.eye(len(h), dtype=h.dtype, device=h.device) * (share * h.diagonal().mean())
+    lift = share * h.diagonal().mean().clamp(min=1e-8)
+    return h + lift * torch.eye(len(h), dtype=h.dtype, device=h.device)
 
 
-def feedback(t: Tensor, h: Tensor, grid: Grid, damp: float) -> Tensor:
+def feedback(t: Tensor, h: Tensor, grid: Grid) -> Tensor:
     """Column after column, each one's error spread over those to come (GPTQ, Frantar 2022)."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(h, damp)))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h.double()))
     upper = torch.linalg.cholesky(inverse, upper=True).float()
     left, q = t.clone(), torch.empty_like(t)
     for start in range(0, t.shape[1], BLOCK):

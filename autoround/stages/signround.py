@@ -27,6 +27,10 @@ class SignRound:
 
     ``lr``, ``minmax_lr``: bits -> initial step, falling linearly to 0. ``on_step(t, loss)`` is told
     of every step. Random order depends on ``seed`` and the block only, so a run can be resumed.
+    ``widest``: how far a range may grow, 1 in the first paper and 2 on a searched range in the
+    second. ``trim``: bits -> share of the block's output, where it is worst, that the loss ignores.
+    ``keep_last``: the last step's parameters are kept instead. ``patience``: steps without a new
+    best after which the block ends.
     """
 
     iters: int
@@ -36,25 +40,31 @@ class SignRound:
     minmax_lr: Callable[[int], float]
     seed: int
     on_step: Callable[[int, float], None]
+    widest: float = 1.0
+    trim: Callable[[int], float] = lambda bits: 0.0
+    keep_last: bool = False
+    patience: int | None = None
 
     def run(self, task: BlockTask) -> None:
         layers = {name: task.layers[name] for name in task.layers if name not in task.fixed}
         if not layers:
             return
         for layer in layers.values():
-            layer.params = _copy(layer.ready)
+            layer.params = _widened(layer.ready, self.widest)
             layer.params.v = torch.zeros(layer.w.shape, dtype=torch.float32, device=layer.w.device)
         best = {name: _copy(layer.ready) for name, layer in layers.items()}
         fake = {name: torch.empty_like(layer.w) for name, layer in layers.items()}
         visits = Cyclic(task.seen, self.batch_size * self.accumulate, self._random(task.index))
-        least = float("inf")
+        least, best_at = float("inf"), 0
         for t in range(self.iters):
             loss, grads = self._gradients(task, visits.next(), fake)
             self.on_step(t, loss)
-            if loss < least:
-                least = loss
+            if loss < least or self.keep_last:
+                least, best_at = loss, t
                 for name, layer in layers.items():
                     _assign(best[name], layer.ready)
+            if self.patience is not None and t - best_at >= self.patience:
+                break
             decay = 1 - t / self.iters
             for name, layer in layers.items():
                 self._step(layer, grads[name], decay)
@@ -74,11 +84,12 @@ class SignRound:
             layer = task.layers[name]
             rounded = hal.qdq(layer.w, layer.ready, layer.spec, out=out)
             weights[name] = rounded.detach().requires_grad_()
+        trim = max(self.trim(task.layers[name].spec.bits) for name in weights)
         total, grads = 0.0, dict.fromkeys(weights, torch.empty(0))
         for micro in chunks(indices, self.batch_size):
             for batch in task.x.batches(micro, self.batch_size):
                 share = len(batch) / len(indices)
-                loss = task.loss(batch, {**task.fixed, **weights}) * share
+                loss = task.loss(batch, {**task.fixed, **weights}, trim) * share
                 total += float(loss.detach())
                 found = torch.autograd.grad(loss * LOSS_SCALE, list(weights.values()))
                 for name, grad in zip(weights, found, strict=True):
@@ -93,7 +104,7 @@ class SignRound:
             grad.contiguous(),
             layer.spec,
             lr_v=self.lr(bits) * decay,
-            lr_range=self.minmax_lr(bits) * decay,
+            lr_range=self.minmax_lr(bits) / self.widest * decay,
         )
 
 
@@ -110,6 +121,12 @@ class Cyclic:
             self._at = 0
         self._at += self._size
         return self._items[self._at - self._size : self._at]
+
+
+def _widened(p: hal.Params, most: float) -> hal.Params:
+    """The same range, ``1 / most`` of one that many times as wide: multipliers end at 1."""
+    lo, hi = p.lo / most, p.hi / most
+    return hal.Params(None, lo, hi, p.amin * most, p.amax * most)
 
 
 def _copy(p: hal.Params) -> hal.Params:

@@ -89,6 +89,11 @@ class BlockTask:
         assert self.x is not None
         return tuple(i for i in self.x.indices if i not in self.held)
 
+    @property
+    def own(self) -> list[str]:
+        """Layers that are the 2-D parameter of a module of their own, unlike fused experts."""
+        return [name for name in self.layers if self.module.get_parameter(name).ndim == 2]
+
     def owner(self, name: str) -> nn.Module:
         """The module whose parameter a layer is."""
         return self.module.get_submodule(name.rpartition(".")[0])
@@ -102,13 +107,22 @@ class BlockTask:
         with self.amp():
             return functional_call(self.module, own, call.args, call.kwargs)
 
-    def loss(self, indices: Sequence[int], weights: Mapping[str, Tensor]) -> Tensor:
-        """Mean squared error to the float block over a batch of samples, f32."""
+    def loss(
+        self, indices: Sequence[int], weights: Mapping[str, Tensor], trim: float = 0.0
+    ) -> Tensor:
+        """Mean squared error to the float block over a batch of samples, f32.
+
+        ``trim``: the share of elements, those of largest error, that count as no error at all.
+        """
         assert self.x is not None
         assert self.y is not None
         out = hidden(self.forward(self.x.gather(indices), weights))
         target = torch.cat([self.y[i] for i in indices])
-        return F.mse_loss(out.float(), target.float())
+        if not trim:
+            return F.mse_loss(out.float(), target.float())
+        error = (out.float() - target.float()).flatten()
+        worst = error.detach().abs().topk(max(1, int(trim * error.numel()))).indices
+        return error.index_fill(0, worst, 0.0).pow(2).mean()
 
 
 def hidden(output: Any) -> Tensor:

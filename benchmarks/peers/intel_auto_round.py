@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One tuning job with Intel's auto-round, run in its own environment: the same words as own.py."""
+"""One job with Intel's auto-round, in its own environment: MODEL TOKENS OUTPUT CHANGES-AS-JSON."""
 
 import json
 import sys
@@ -13,23 +13,18 @@ from transformers import AutoTokenizer
 
 def main() -> None:
     """Run the job of the command line."""
-    model, tokens, output, *numbers = sys.argv[1:]
-    bits, group_size, iters, batch_size = map(int, numbers)
+    model, tokens, output, given = sys.argv[1:]
     ids = load_file(tokens)["ids"]
     tokenizer = AutoTokenizer.from_pretrained(model)
     started = time.perf_counter()
     job = AutoRound(
         model,
         tokenizer,
-        scheme="W4A16",
-        bits=bits,
-        group_size=group_size,
-        iters=iters,
-        batch_size=batch_size,
         nsamples=len(ids),
         seqlen=ids.shape[1],
         dataset=[row[None] for row in ids],
         device_map="cpu",
+        **json.loads(given),
     )
     job.quantize_and_save(output, format="auto_round")
     seconds = time.perf_counter() - started

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One tuning job with autoround: MODEL TOKENS OUTPUT BITS GROUP ITERS BATCH; prints JSON last."""
+"""One job with autoround: MODEL TOKENS OUTPUT CHANGES-AS-JSON; prints JSON last."""
 
 import json
 import sys
@@ -15,15 +15,15 @@ from autoround.run import Source, peak_bytes
 
 def main() -> None:
     """Run the job of the command line."""
-    model, tokens, output, *numbers = sys.argv[1:]
-    bits, group_size, iters, batch_size = map(int, numbers)
+    model, tokens, output, given = sys.argv[1:]
+    changes = json.loads(given)
     ids = load_file(tokens)["ids"]
-    changes = {"bits": bits, "group_size": group_size, "iters": iters}
-    if iters:
-        changes |= {"batch_size": batch_size, "nsamples": len(ids), "seqlen": ids.shape[1]}
-    recipe = build_recipe(None, changes)
+    recipe = build_recipe(changes.pop("recipe", None), changes)
+    if recipe.calibrates:
+        sizes = {"nsamples": min(len(ids), recipe.nsamples), "seqlen": ids.shape[1]}
+        recipe = build_recipe("autoround", recipe.to_json() | sizes)
     source = Source(model, torch.empty(0).device)
-    run = quantize(recipe, source, Path(output), dataset=list(ids))
+    run = quantize(recipe, source, Path(output), dataset=[*ids[: recipe.nsamples]])
     print(json.dumps({"seconds": run.seconds, "peak": peak_bytes(), "directory": output}))
 
 

@@ -195,6 +195,7 @@ HOME = ["--output_dir", "tmp_autoround"]
         (["--model", "M"], ["M", *HOME]),
         (["--model=M"], ["M", *HOME]),
         (["M"], ["M", *HOME]),
+        (["M", "--low_gpu_mem_usage", "--enable_torch_compile"], ["M", *HOME]),
         (["M", "--bits", "3"], ["M", *HOME, "--bits", "3"]),
         (["--model_name_or_path", "M", "--asym"], ["M", *HOME, "--asym"]),
         (

@@ -69,13 +69,13 @@ def test_feedback_equals_eliminating_one_column_at_a_time(spec: hal.Spec) -> Non
         error = (left[:, j] - want[:, j].double()) / inverse[j, j]
         left -= error[:, None] * inverse[j]
         inverse = inverse - inverse[:, j : j + 1] * inverse[j : j + 1] / inverse[j, j]
-    differs = feedback(t, h, grid, 0.01) != want
+    differs = feedback(t, damped(h, 0.01), grid) != want
     assert differs.float().mean() < 0.02  # ties that f32 and f64 break differently
 
 
 def test_descent_ends_where_no_single_level_helps(spec: hal.Spec) -> None:
     t, h, grid = problem(spec, n=3, k=24)
-    q = feedback(t, h, grid, 0.01)
+    q = feedback(t, damped(h, 0.01), grid)
     costs = [cost(q, t, h)]
     for _ in range(12):
         q = descend(q, t, h, grid)
@@ -92,7 +92,7 @@ def test_descent_ends_where_no_single_level_helps(spec: hal.Spec) -> None:
 
 def test_refit_is_least_squares(spec: hal.Spec) -> None:
     t, h, grid = problem(spec)
-    q = feedback(t, h, grid, 0.01)
+    q = feedback(t, damped(h, 0.01), grid)
     new_q, new = refit(q, t, h, grid)
     assert cost(new_q, t, h) < cost(q, t, h)
     width, k = spec.width(t.shape[1]), t.shape[1]
@@ -209,6 +209,20 @@ def test_closed_form_beats_rounding_on_held_out_samples(block: Block) -> None:
         assert torch.equal(task.fixed[name], hal.qdq(layer.w, layer.ready, layer.spec))
 
 
+def test_silent_inputs_round_like_any_other(block: Block) -> None:
+    task = case(block, noise=0.0)
+    assert task.floats is not None
+    quiet = {i: Call((torch.zeros(1, 24, H),), {}) for i in range(COUNT)}
+    task.x = task.floats = Samples(quiet)
+    task.y = {i: block(call.args[0])[0] for i, call in quiet.items()}
+    Search().run(task)
+    Feedback(4).run(task)
+    mix = task.layers["mix.weight"]
+    step = hal.quantize(mix.w, mix.ready, mix.spec).parts["scale"].float().abs()
+    error = (task.fixed["mix.weight"] - block.mix.weight).abs().view(H, -1, 16)
+    assert (error <= 1.3 * step[..., None]).all()  # one level of clipping at the far end
+
+
 @pytest.mark.parametrize("better", [True, False])
 def test_a_stage_is_kept_only_where_held_out_loss_falls(block: Block, better: bool) -> None:
     class Ruin:
@@ -254,6 +268,16 @@ def test_better_than_rounding_on_a_trained_model(tmp_path: Path, changes: dict[s
     if run.plan.base.sym:
         made(PGDOC, tmp_path / "two", **changes)
         assert digest(tmp_path / "one") == digest(tmp_path / "two")
+
+
+@pytest.mark.parametrize("nsamples", [1, 2])
+def test_few_samples(tmp_path: Path, nsamples: int) -> None:
+    source = zoo.save("llama", tmp_path / "llama", "5GB")
+    recipe = build_recipe("autoround", {"nsamples": nsamples, "seqlen": 16, "group_size": 32})
+    ids = [[int(i) for i in range(1, 17)]] * nsamples
+    where = pipeline.Source(source, torch.device("cpu"))
+    run = pipeline.quantize(recipe, where, tmp_path / "out", dataset=ids)
+    assert all(block.loss <= block.loss_rtn for block in run.blocks)
 
 
 def test_fused_experts_are_left_to_steps(tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ def test_scheme_objects_in_layer_config_reach_the_json() -> None:
         ({"seqlen": 1}, "seqlen=1 is too small; use 2"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"gradient_accumulate_steps": 0}, "gradient_accumulate_steps=0"),
+        ({"dynamic_max_gap": 0}, "dynamic_max_gap=0: give 1 or more"),
         ({"lr": math.nan}, "lr=nan"),
         ({"lr": math.inf}, "lr=inf"),
         ({"lr": -1e-3}, "lr=-0.001: give a number of 0 or more"),
@@ -129,6 +130,8 @@ GIVEN: dict[str, Any] = {
     "batch_size": 4,
     "gradient_accumulate_steps": 2,
     "enable_minmax_tuning": False,
+    "not_use_best_mse": True,
+    "dynamic_max_gap": 5,
     "enable_quanted_input": False,
     "seed": 1,
 }

@@ -24,7 +24,8 @@ from autoround.models import Call, Samples
 from autoround.options import build_recipe
 from autoround.recipe import Recipe
 from autoround.scheme import Scheme
-from autoround.stages import BlockTask, LayerTask, Measure, Search, SignRound
+from autoround.stages import BlockTask, LayerTask, Measure, Search, SignRound, WeightedSearch
+from autoround.stages.search import filled
 from autoround.stages.signround import Cyclic
 
 PGDOC = Path(__file__).parents[2] / "benchmarks/models/pgdoc"
@@ -239,6 +240,19 @@ def test_best_step_is_kept_before_its_update() -> None:
         assert (layer.ready.lo == 1).all()
 
 
+def test_last_step_and_patience() -> None:
+    """With a step so large that every update hurts: the last seen, and an early end."""
+    ends = {}
+    for name, changes in {"last": {"keep_last": True}, "patient": {"patience": 2}}.items():
+        _, _, _, task = case(Scheme(8, 16))
+        Search().run(task)
+        told: list[float] = []
+        run = stage(lambda t, loss, to=told: to.append(loss), lr=lambda bits: 30.0, iters=5)
+        replace(run, batch_size=COUNT, **changes).run(task)
+        ends[name] = (len(told), any(la.ready.v.any() for la in task.layers.values()))
+    assert ends == {"last": (5, True), "patient": (3, False)}
+
+
 @pytest.mark.parametrize(("batch", "steps"), [(4, 2), (3, 4), (2, 3)])
 def test_accumulation_equals_a_bigger_batch(batch: int, steps: int) -> None:
     results, losses = [], []
@@ -373,3 +387,89 @@ def test_blocks_are_tuned_on_the_chain_asked_for(
     # The target is always the float chain's.
     assert torch.equal(seen[0]["y"], seen[0]["float"])
     assert torch.equal(seen[1]["y"], seen[1]["float"]) is not chained
+
+
+# ---- the second paper ------------------------------------------------------------------------
+
+
+def test_wide_ranges_equal_autograd() -> None:
+    """s = s0 * beta with beta in [0, 2] from 1, V as before: algorithms.md 2.1, by autograd."""
+    block, xs, ys, task = case(Scheme(2, 16))
+    Search().run(task)
+    task.floats = task.x
+    WeightedSearch(4).run(task)
+    # One side of a symmetric range is zero; the other is 2 scales long, and says the sign.
+    start = {n: (-la.ready.amin - la.ready.amax) / 2 for n, la in task.layers.items()}
+    told: list[float] = []
+    run = stage(
+        lambda t, loss: told.append(loss),
+        widest=2.0,
+        minmax_lr=lambda bits: 0.02,
+        trim=lambda bits: 0.01,
+    )
+    order = order_of(run)
+    leaves = {n: (torch.zeros_like(la.w, requires_grad=True), torch.ones_like(start[n]))
+              for n, la in task.layers.items()}  # fmt: skip
+    weights = {n: la.w for n, la in task.layers.items()}
+    run.run(task)
+    losses = []
+    for t, indices in enumerate(order):
+        total = []
+        rounded = {}
+        for n, (v, beta) in leaves.items():
+            beta.requires_grad_()
+            s = fp16(start[n] * beta)[..., None]
+            w = weights[n].view(*start[n].shape, -1)
+            q = (rne(w / s + v.view_as(w))).clamp(-2, 1)
+            rounded[n] = (s * q).view_as(v)
+        x, y = (torch.cat([z[i] for i in indices]) for z in (xs, ys))
+        error = (functional_call(block, rounded, (x,))[0] - y).flatten()
+        keep = torch.ones_like(error)
+        keep[error.abs().topk(int(error.numel() / 100)).indices] = 0
+        loss = ((error * keep) ** 2).mean()
+        total.append(loss.item())
+        loss.backward()
+        losses += total
+        decay = 1 - t / run.iters
+        with torch.no_grad():
+            for v, beta in leaves.values():
+                v -= 0.02 * decay * v.grad.sign()
+                beta -= 0.02 * decay * beta.grad.sign()
+                beta.clamp_(0, 2)
+                v.grad = beta.grad = None
+    assert told == pytest.approx(losses, rel=2e-3)
+    assert min(losses) < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_weighted_search_tries_the_published_candidates(bits: int) -> None:
+    """Inverse scales (m - step k) / extreme, least weighted error, the first of equals."""
+    _, xs, _, task = case(Scheme(bits, 16))
+    Search().run(task)
+    task.floats = task.x
+    WeightedSearch(4).run(task)
+    layer, m = task.layers["gate.weight"], 2 ** (bits - 1)
+    weights = torch.cat(xs).flatten(0, 1).double().pow(2).sum(0).view(1, -1, 16)
+    w = layer.w.double().view(len(layer.w), -1, 16)
+    extreme = w.gather(-1, w.abs().argmax(-1, keepdim=True))[..., 0]
+    half, step = (90, 0.01) if bits == 2 else (100, 2 * 0.75 * m / 200)
+    errors = []
+    for k in range(-half, half + 1):
+        s = (-extreme / (m - step * k)).half().double()[..., None]
+        errors.append(((s * (w / s).round().clamp(-m, m - 1) - w) ** 2 * weights).sum(-1))
+    least = torch.stack(errors).min(0).values
+    ours = hal.qdq(layer.w, layer.ready, layer.spec).double().view_as(w)
+    found = ((ours - w) ** 2 * weights).sum(-1)
+    assert torch.allclose(found, least, rtol=1e-4)
+
+
+def test_silent_inputs_are_filled() -> None:
+    spec = hal.Spec.parse("s4:g32:f16")
+    weights = torch.arange(1.0, 97.0)
+    weights[3:5] = 0
+    weights[32:50] = 0
+    out = filled(weights, spec)
+    others = [i for i in range(32) if i not in (3, 4)]
+    assert torch.equal(out[3:5], weights[others].mean().expand(2))
+    assert torch.equal(out[32:64], torch.ones(32))
+    assert torch.equal(out[64:], weights[64:])
