@@ -195,13 +195,13 @@ struct Bf16Tiles {
   const HalTiles& w;
   const uint16_t* x;
   const float* xsum;
-  int64_t size, chunks;
+  int64_t size, m;
   Unpack u;
   __m512i table, center;
 
   explicit Bf16Tiles(const HalGemm& a)
       : w(a.w), x(piece<TileX>(a, 0)), xsum(chunk_sums<TileX>(a)), size(TileX::size(a)),
-        chunks(row_chunks(a.w)), u(unpack_of(B)), table(small_table(a.w)),
+        m(a.m), u(unpack_of(B)), table(small_table(a.w)),
         center(_mm512_set1_epi16(a.w.zero ? 0 : 1 << (B - 1))) {}
 
   static int64_t count(int64_t inputs) { return TileX::count(inputs); }
@@ -263,10 +263,9 @@ struct Bf16Tiles {
   template <bool ZERO>
   HAL_MEMBER void scale_rows(const TileSums& d, int64_t from, int64_t to, float* sums) const {
     const Columns c = *d.columns;
-    const float* own = xsum + d.row * chunks + d.chunk;
-    const int64_t next = chunks;
+    const float* own = xsum + d.chunk * m + d.row;
     for (int64_t r = from; r < to; r++) {
-      const vf sum = set1(ZERO ? own[r * next] : 0);
+      const vf sum = set1(ZERO ? own[r] : 0);
       vf y[4];
 #pragma GCC unroll 4
       for (int v = 0; v < 4; v++) {
@@ -312,6 +311,10 @@ static void block_amx(const HalGemm& a, int64_t tile, int64_t row, int64_t rows,
     __m512i *from = t[now % Tiles::BUFFERS], *to = t[(now ^ 1) % Tiles::BUFFERS];
     columns[now] = columns_of(w, tile, c.g);
     const char* x = tiles.operands(a, row, c);
+    // Lines of the next chunk to fetch beside every operand but those of the last rows, which unpack it.
+    const int64_t others = (rows - 1) / R * count;
+    const int64_t lines = others ? (next.n * w.s.bits / 8 + others - 1) / others : 0;
+    const uint8_t* ahead = in;
     for (int64_t m = 0; m < rows; m += R, sum ^= 1) {
       const TileSums& before = done[sum ^ 1];
       float* before_sums = sums + (before.row - row) * TILE;
@@ -320,15 +323,17 @@ static void block_amx(const HalGemm& a, int64_t tile, int64_t row, int64_t rows,
       _tile_zero(1);
       _tile_zero(2);
       _tile_zero(3);
-      int64_t unpacked = 0, scaled = 0;
+      int64_t unpacked = 0, scaled = 0, part = before.rows / count;
       for (int64_t j = 0; j < count; j++, x += 1024) {
         tiles.multiply(x, from + Tiles::first(c.n, j));
         if (last) {
           const int64_t until = Tiles::free_steps(steps, j + 1, count);
           tiles.unpack_steps(in, unpacked, until, steps, to);
           unpacked = until;
+        } else {
+          for (int64_t i = 0; i < lines; i++, ahead += 64) __builtin_prefetch(ahead);
         }
-        const int64_t until = before.rows * (j + 1) / count;
+        const int64_t until = j + 1 == count ? before.rows : scaled + part;
         tiles.scale(before, scaled, until, before_sums);
         scaled = until;
       }

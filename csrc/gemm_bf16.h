@@ -6,7 +6,7 @@
 namespace {
 
 // Prepared x holds every 8 inputs in the order 0 2 4 6 1 3 5 7, the order in which a shift by 0, 4, 8, 12
-// brings the nibbles of a 16-bit lane out as pairs. Behind it: the sum of x over each chunk [m, chunks],
+// brings the nibbles of a 16-bit lane out as pairs. Behind it: the sum of x over each chunk [chunks, m],
 // which takes the zero points off (dot(q - z, x) = dot(q, x) - z * sum(x)).
 
 // x as rows [m, kp].
@@ -78,7 +78,7 @@ static void prepare_bf16(const HalGemm& a, int64_t row, int64_t end) {
           uint16_t* out = piece<X>(a, 0) + X::at(a, r, c, i);
           prepare_32<F>(x + i, n - i, X::end(c.n) - i, out, X::pieces(a), X::size(a));
         }
-        if (w.zero) chunk_sums<X>(a)[r * row_chunks(w) + c.index] = sum_of<F>(x, n);
+        if (w.zero) chunk_sums<X>(a)[c.index * a.m + r] = sum_of<F>(x, n);
       }
     }
   });
@@ -184,7 +184,7 @@ static void block_bf16(const HalGemm& a, int64_t tile, int64_t row, int64_t rows
   const uint8_t* in = tile_codes(w, tile, 0);
   for (Chunk c = first_chunk(w, 0); c.n; in += c.n * 8 * w.s.bits, c = next_chunk(w, c)) {
     decode_bf16(w, in, c.n, table, t);
-    const float* xsum = w.zero ? chunk_sums<RowX>(a) + row * row_chunks(w) + c.index : nullptr;
+    const float* xsum = w.zero ? chunk_sums<RowX>(a) + c.index * a.m + row : nullptr;
     const uint16_t* x = piece<RowX>(a, 0) + RowX::at(a, row, c, 0);
     const Columns columns = columns_of(w, tile, c.g);
     each_rows(rows, [&](auto r, int64_t m) __attribute__((always_inline)) {
@@ -192,7 +192,7 @@ static void block_bf16(const HalGemm& a, int64_t tile, int64_t row, int64_t rows
       vf acc[R][4];
       multiply_bf16<R>(x + m * w.kp, w.kp, t, c.n, acc);
       for (int q = 0; q < R; q++) {
-        const float* own = xsum ? xsum + (m + q) * row_chunks(w) : nullptr;
+        const float* own = xsum ? xsum + m + q : nullptr;
         add_scaled(columns, own, acc[q], sums + (m + q) * TILE);
       }
     });

@@ -10,13 +10,13 @@
 
 namespace {
 
-// Prepared x: digits s8 in the order of Place; step f32 [m, groups]; sums of the digits of chunks f32
-// [m, P, chunks], which take the zero points off. Symmetric codes have one zero point: there it is
+// Prepared x: digits s8 in the order of Place; step f32 [groups, m]; sums of the digits of chunks f32
+// [chunks, m, P], which take the zero points off. Symmetric codes have one zero point: there it is
 // already multiplied and added to BIAS, as an integer.
 struct Digits {
   int8_t* digits;
   float *step, *sums;
-  int64_t groups, chunks;  // of a row
+  int64_t m;
 };
 
 HAL_INLINE int digits_of(const HalGemm& a) { return a.fast ? 1 : a.w.s.dtype == HAL_F32 ? 4 : 3; }
@@ -37,8 +37,7 @@ struct RowDigits {
 template <class Place>
 HAL_INLINE Digits digits_in(const HalGemm& a) {
   float* step = (float*)((char*)a.prepared + Place::size(a));
-  const int64_t groups = a.w.s.groups;
-  return {(int8_t*)a.prepared, step, step + a.m * groups, groups, row_chunks(a.w)};
+  return {(int8_t*)a.prepared, step, step + a.m * a.w.s.groups, a.m};
 }
 
 template <class Place>
@@ -91,7 +90,7 @@ HAL_INLINE void prepare_row(const HalGemm& a, const Digits& to, int64_t r) {
   for (Chunk c = first_chunk(w, 0); c.n; c = next_chunk(w, c)) {
     const int64_t inputs = group_inputs(w.s, c.g), n = inputs - c.i < c.n ? inputs - c.i : c.n;
     const Stored<F>* group = (const Stored<F>*)a.x + r * w.s.k + c.g * w.s.width;
-    float& step = to.step[r * to.groups + c.g];
+    float& step = to.step[c.g * to.m + r];
     if (c.i == 0) step = P == 1 ? act_scale<F>(group, inputs) : fixed_step<F>(group, inputs, 8 * P - 2);
     alignas(64) int8_t digits[P][X_CHUNK] = {};
     for (int64_t i = 0; i < n; i += 16) {
@@ -105,7 +104,7 @@ HAL_INLINE void prepare_row(const HalGemm& a, const Digits& to, int64_t r) {
     }
     for (int p = 0; p < P; p++) {
       const int32_t sum = sum_of_chunk(digits[p]), biased = BIAS - (sum << (w.s.bits - 1));
-      float& own = to.sums[(r * P + p) * to.chunks + c.index];
+      float& own = to.sums[(c.index * to.m + r) * P + p];
       own = w.zero ? (float)sum : bits_as<float>(biased);
       Place::put(a, P, r, p, c, digits[p], to.digits);
     }
@@ -130,8 +129,8 @@ struct RowOfDigits {
   vf step, sums[P];
 
   HAL_MEMBER RowOfDigits(const Digits& x, int64_t row, int64_t g, int64_t chunk)
-      : step(set1(x.step[row * x.groups + g])) {
-    for (int p = 0; p < P; p++) sums[p] = set1(x.sums[(row * P + p) * x.chunks + chunk]);
+      : step(set1(x.step[g * x.m + row])) {
+    for (int p = 0; p < P; p++) sums[p] = set1(x.sums[(chunk * x.m + row) * P + p]);
   }
 
   // sums + scale * step * (sums of digits without the zero points), 16 columns.
