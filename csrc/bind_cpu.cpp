@@ -228,8 +228,8 @@ struct Tiles {
   }
 
   // Rows offsets[e] .. offsets[e + 1] of x times rows e * n .. (e + 1) * n of the weight.
-  void gemm_grouped(int isa, Address x, Address offsets, int64_t experts, Address out,
-                    int threads) const {
+  void gemm_grouped(int isa, Address x, Address offsets, int64_t experts, Address out, int threads,
+                    bool fast) const {
     const HalTable& f = table(isa);
     const int32_t* ends = at<int32_t>(offsets);
     const int64_t n = t.s.n / experts, size = t.s.dtype == HAL_F32 ? 4 : 2;
@@ -237,7 +237,9 @@ struct Tiles {
     for (int64_t e = 0; e < experts; e++) {
       const int64_t row = ends[e], m = ends[e + 1] - row;
       if (m <= 0) continue;
-      multiply(f, gemm_args(x + row * t.s.k * size, m, e * n, n, out + row * n * size), threads);
+      HalGemm a = gemm_args(x + row * t.s.k * size, m, e * n, n, out + row * n * size);
+      a.fast = fast;
+      multiply(f, a, threads);
     }
   }
 

@@ -130,9 +130,9 @@ struct DigitTiles {
     }
   }
 
-  HAL_MEMBER void multiply(const void* x, const __m512i* t) const {
+  HAL_MEMBER void multiply(const char* operand, const __m512i* t) const {
     const int64_t next = COLUMN;
-    _tile_loadd(4, x, 64);
+    _tile_loadd(4, operand, 64);
     HAL_FOUR_COLUMNS(_tile_dpbsud);
   }
 
@@ -246,16 +246,16 @@ struct Bf16Tiles {
     }
   }
 
-  HAL_MEMBER void multiply(const void* x, const __m512i* t) const {
+  HAL_MEMBER void multiply(const char* operand, const __m512i* t) const {
     const int64_t next = COLUMN;
-    _tile_loadd(4, x, 64);
+    _tile_loadd(4, operand, 64);
     HAL_FOUR_COLUMNS(_tile_dpbf16ps);
     if (PIECES > 1) {
-      _tile_loadd(4, (const uint16_t*)x + size, 64);
+      _tile_loadd(4, operand + 2 * size, 64);
       HAL_FOUR_COLUMNS(_tile_dpbf16ps);
     }
     if (PIECES > 2) {
-      _tile_loadd(4, (const uint16_t*)x + 2 * size, 64);
+      _tile_loadd(4, operand + 4 * size, 64);
       HAL_FOUR_COLUMNS(_tile_dpbf16ps);
     }
   }

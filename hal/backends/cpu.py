@@ -242,35 +242,44 @@ def _qgemm_fast(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor) -> 
     _qgemm(x, weight, bias, out, fast=True)
 
 
-#: Most rows of products with 8-bit activations; without AVX-512 they win by 2.4 (AVX2) to 5 times.
-FAST_ROWS = {"amx": 4, "avx512vnni": 8} | dict.fromkeys(
+#: Most rows of products with 8-bit activations. AMX: 1.6 to 1.1 times as fast as exact ones from
+#: 256 to 2048 rows in groups of 128 and as fast in groups of 64; slower in smaller ones. Elsewhere
+#: without AVX-512: 2.4 (AVX2) to 5 times as fast.
+FAST_ROWS = {"amx": BUCKETS[-1], "avx512vnni": 8} | dict.fromkeys(
     ("avxvnni", "avx2", "neon_i8mm", "neon_dot"), BUCKETS[-1]
 )
 
 
-def _few_and_s8(case: Case) -> str | None:
-    """Integer dot products, where they win: with 8 rows the exact product on AMX is as fast."""
+def _fast(case: Case) -> str | None:
+    """Integer dot products, where they win."""
     if case.act is None:
         return "exact: prepare(..., act=) allows 8-bit activations"
-    most = FAST_ROWS.get(isas()[isa()])
-    if most is None:
+    level, width = isas()[isa()], case.spec.width(case.k)
+    if level not in FAST_ROWS:
         return "no integer dot products on this instruction set"
-    width = case.spec.width(case.k)
+    most = 16 if level == "amx" and width < 128 else FAST_ROWS[level]
     if Spec("s8", case.act.group).width(case.k) != width:
         return f"activations need groups of {width}, like the weight"
     if width * 127 * case.spec.max_level >= 1 << 31:
         return "sums of a group may not fit 32 bits"
-    return None if case.m <= most else f"m > {most}: cpu.qgemm is as fast and exact"
+    rows = case.m // case.experts  # of an expert, on average
+    return None if rows <= most else f"m > {most}: cpu.qgemm is as fast and exact"
 
 
-def _qgemm_grouped(x: Tensor, weight: Weight, offsets: Tensor, out: Tensor) -> None:
+def _qgemm_grouped(
+    x: Tensor, weight: Weight, offsets: Tensor, out: Tensor, fast: bool = False
+) -> None:
     tiles, level = _bound(weight)
     offsets = offsets.contiguous()
     ends = offsets.tolist()
     if ends[0] != 0 or ends[-1] != x.shape[0] or sorted(ends) != ends:
         raise ValueError(f"offsets must rise from 0 to {x.shape[0]}, not {ends}")
     args = (x.data_ptr(), offsets.data_ptr(), weight.experts, out.data_ptr())
-    tiles.gemm_grouped(level, *args, torch.get_num_threads())
+    tiles.gemm_grouped(level, *args, torch.get_num_threads(), fast)
+
+
+def _qgemm_grouped_fast(x: Tensor, weight: Weight, offsets: Tensor, out: Tensor) -> None:
+    _qgemm_grouped(x, weight, offsets, out, fast=True)
 
 
 SLAB = 1024  # output columns at once: 8 MB of bf16 at K = 4096, which malloc keeps and L2/L3 holds
@@ -294,14 +303,20 @@ def _qgemm_slab(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor) -> 
 
 
 def _many_rows(case: Case) -> str | None:
-    """bf16 on AMX: 26 ms against 26 at m = 512 and 38 against 50 at 1024, 4096 x 4096, one thread.
+    """Where scaling the sums of many small groups costs more than rounding the weight to bf16.
 
-    Elsewhere cpu.qgemm is exact and not slower; torch's half precision without AMX may not be
+    Fractions of torch's dense product, 4096 x 4096, one thread, slab and cpu.qgemm: groups of 32
+    .78 and .72 at m = 512, .81 and .58 at 1024; of 64 .49 and .86, .83 and .75; of 128 .81 and 1.00
+    at 1024 (8 bits .82 and .83), .91 and .93 at 2048. Elsewhere torch's half precision may not be
     vectorized at all.
     """
     if case.dtype != torch.bfloat16 or isas()[isa()] != "amx":
         return "not bf16 on AMX: torch's matrix product is no faster"
-    return None if case.m > 512 else "m <= 512: cpu.qgemm is as fast and exact"
+    width = case.spec.width(case.k)
+    if width >= 128:
+        return f"groups of {width}: cpu.qgemm is as fast and exact"
+    most = 256 if width < 64 else 512
+    return None if case.m > most else f"m <= {most}: cpu.qgemm is as fast and exact"
 
 
 # ---- what stands between products in a decoder block
@@ -352,8 +367,9 @@ KERNELS = (
     Kernel("cpu.quantize_act", "quantize_act", _quantize_act),
     Kernel("cpu.pack", "pack", _pack, _file_layout),
     Kernel("cpu.unpack", "unpack", _unpack, _file_layout),
-    Kernel("cpu.qgemm_fast", "qgemm", _qgemm_fast, _few_and_s8, "cpu.tiles"),
+    Kernel("cpu.qgemm_fast", "qgemm", _qgemm_fast, _fast, "cpu.tiles"),
     Kernel("cpu.qgemm_slab", "qgemm", _qgemm_slab, _many_rows, "cpu.tiles"),
     Kernel("cpu.qgemm", "qgemm", _qgemm, layout="cpu.tiles"),
+    Kernel("cpu.qgemm_grouped_fast", "qgemm_grouped", _qgemm_grouped_fast, _fast, "cpu.tiles"),
     Kernel("cpu.qgemm_grouped", "qgemm_grouped", _qgemm_grouped, layout="cpu.tiles"),
 )

@@ -186,12 +186,14 @@ def test_qgemm(row: Kernel, isa: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_fast_products_are_exact_on_quantized_activations(isa: str, dtype: torch.dtype) -> None:
-    most = cpu.FAST_ROWS.get(isa, 0)
     for q in PRODUCTS:
         act = hal.Act("s8", q.spec.group)
+        most = cpu.FAST_ROWS.get(isa, 0)
+        if isa == "amx" and q.spec.width(q.shape[1]) < 128:
+            most = 16
         ready = hal.prepare(q, dtype=dtype, act=act)
         w = hal.dequantize(q, dtype=torch.float32).double()
-        for m in (1, 2, 3, 4, 7, 8):
+        for m in (1, 2, 3, 4, 7, 8, 70, 300):
             served = m <= most
             assert (ready.kernel(m).name == "cpu.qgemm_fast") == served
             x = weights(m, q.shape[1], m).to(dtype)
@@ -203,6 +205,49 @@ def test_fast_products_are_exact_on_quantized_activations(isa: str, dtype: torch
             assert relative_error(got, want) < TOLERANCE[dtype], (q.spec, q.shape, m)
             exact = x.double() @ w.T + bias.double()
             assert relative_error(got, exact) < 0.02, (q.spec, q.shape, m)
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_products_of_bf16_numbers_are_exact_to_a_millionth(isa: str, bits: int) -> None:
+    for text in (f"s{bits}:g128:f32", f"u{bits}:g32:f32:int", f"s{bits}:g0:f32"):
+        q = quantized(weights(130, 1024, bits), hal.Spec.parse(text))
+        w = hal.dequantize(q, dtype=torch.float32).double()
+        ready = hal.prepare(q, dtype=torch.float32)
+        for m in (1, 3, 9, 40):
+            x = weights(m, 1024, m)
+            x[:, ::97] *= 64  # outliers
+            x = x.bfloat16().float()
+            got = hal.qgemm(x, ready)
+            assert relative_error(got, x.double() @ w.T) < 1e-6, (text, m)
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_row(isa: str, dtype: torch.dtype, bad: float) -> None:
+    q = quantized(weights(70, 256, 1), hal.Spec.parse("s4:g128:f16"))
+    ready = hal.prepare(q, dtype=dtype)
+    for m in (1, 3, 20):
+        x = weights(m, 256, m).to(dtype)
+        want = hal.qgemm(x, ready)
+        x[m - 1, 5] = bad
+        got = hal.qgemm(x, ready)
+        assert same(got[: m - 1], want[: m - 1])
+        assert not got[m - 1].isfinite().all()
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_zeros_and_the_smallest_numbers(isa: str) -> None:
+    q = quantized(weights(70, 256, 1), hal.Spec.parse("u4:g64:f32:int"))
+    w = hal.dequantize(q, dtype=torch.float32).double()
+    ready = hal.prepare(q, dtype=torch.float32)
+    assert not hal.qgemm(torch.zeros(3, 256), ready).any()
+    x = weights(2, 256, 2) * 1e-30
+    assert relative_error(hal.qgemm(x, ready), x.double() @ w.T) < 1e-5
 
 
 @needs_native
@@ -226,10 +271,14 @@ def test_qgemm_grouped(isa: str, rows_of_expert: int, dtype: torch.dtype) -> Non
     x = torch.randn(23, k).to(dtype)
     ends = [0, 5, 5, 22, 23]  # the second expert gets nothing
     got = hal.qgemm_grouped(x, hal.prepare(q, dtype=dtype), torch.tensor(ends, dtype=torch.int32))
+    fast = hal.prepare(q, dtype=dtype, act=hal.Act("s8", 32))
+    rounded = hal.qgemm_grouped(x, fast, torch.tensor(ends, dtype=torch.int32))
+    assert ("fast" in fast.kernel(23).name) == (isa in cpu.FAST_ROWS and isa != "avx512vnni")
     for e in range(experts):
         own = slice(ends[e], ends[e + 1])
         want = x[own].double() @ dense[e].T
         assert relative_error(got[own], want) < TOLERANCE[dtype]
+        assert relative_error(rounded[own], want) < 0.02
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
