@@ -69,7 +69,8 @@ def _window(config: Any) -> bool:
 class Decoder:
     """A transformers model of FAMILIES, ready to extend one sequence of up to ``length`` tokens.
 
-    Holds the model's own tensors, or ones the model's modules view: both stay usable. Numbers are
+    Holds the model's own tensors, or ones the model's modules view, so both stay usable; moves the
+    weights together (`hal.settle`). Numbers are
     those of the model but for the order of sums in norms and attention. Raises InputError for a
     model that `refuse` names a reason for.
     """
@@ -88,11 +89,13 @@ class Decoder:
         norms = [*(layer.input_layernorm for layer in body.layers[1:]), body.norm]
         self._first = body.layers[0].input_layernorm.weight.detach()
         self._eps = float(body.norm.variance_epsilon)
+        weights: list[Weight] = []
         self._blocks = [
-            _block(layer, after.weight.detach(), cos, sin)
+            _block(layer, after.weight.detach(), (cos, sin), weights)
             for layer, after in zip(body.layers, norms, strict=True)
         ]
-        self._head = product([model.lm_head])
+        self._head = product([model.lm_head], weights)
+        hal.settle(weights)
 
     @torch.inference_mode()
     def extend(self, ids: Tensor) -> Tensor:
@@ -173,12 +176,16 @@ def continuation(
         yield int(ids)
 
 
-def product(modules: Sequence[Any]) -> Product:
-    """``x [M, K]`` times all of them, results side by side: one call where they can be joined."""
+def product(modules: Sequence[Any], used: list[Weight]) -> Product:
+    """``x [M, K]`` times all of them, results side by side: one call where they can be joined.
+
+    Adds the weights it multiplies with to ``used``.
+    """
     biases = [m.bias for m in modules]
     bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
     weights = [m.weight for m in modules if isinstance(m.weight, Weight)]
     joined = hal.join(weights) if len(weights) == len(modules) else None
+    used += weights if joined is None else [joined]
     if joined is not None:
         return lambda x: hal.qgemm(x, joined, bias)
     if len(modules) == 1:
@@ -187,7 +194,9 @@ def product(modules: Sequence[Any]) -> Product:
     return lambda x: torch.cat([m(x) for m in modules], -1)
 
 
-def _block(layer: Any, next_norm: Tensor, cos: Tensor, sin: Tensor) -> _Block:
+def _block(
+    layer: Any, next_norm: Tensor, tables: tuple[Tensor, Tensor], used: list[Weight]
+) -> _Block:
     a, mlp, config = layer.self_attn, layer.mlp, layer.self_attn.config
     norms = [getattr(a, name, None) for name in ("q_norm", "k_norm")]
     q_norm, k_norm = (None if n is None else n.weight.detach() for n in norms)
@@ -196,18 +205,17 @@ def _block(layer: Any, next_norm: Tensor, cos: Tensor, sin: Tensor) -> _Block:
         config.num_key_value_heads,
         a.head_dim,
         a.scaling,
-        cos,
-        sin,
+        *tables,
         q_norm,
         k_norm,
         float(config.rms_norm_eps),
     )
     return _Block(
-        product([a.q_proj, a.k_proj, a.v_proj]),
+        product([a.q_proj, a.k_proj, a.v_proj], used),
         attention,
-        product([a.o_proj]),
+        product([a.o_proj], used),
         layer.post_attention_layernorm.weight.detach(),
-        product([mlp.gate_proj, mlp.up_proj]),
-        product([mlp.down_proj]),
+        product([mlp.gate_proj, mlp.up_proj], used),
+        product([mlp.down_proj], used),
         next_norm,
     )

@@ -20,6 +20,7 @@ from hal.ops import (
     refuse,
     restore,
     search,
+    settle,
 )
 from hal.plan import Weight
 from hal.qtensor import Params, Part, QTensor
@@ -59,4 +60,5 @@ __all__ = [
     "refuse",
     "restore",
     "search",
+    "settle",
 ]

@@ -171,7 +171,8 @@ class Layout:
     ``unpack(parts, spec, (N, K))``. Native layouts of a backend are rows of the same kind.
     ``stored(spec, N, K)``: dtype and shape of what a file layout's ``pack`` returns.
     ``rows``: how many rows of the weight stay together, so that parts of two weights put one after
-    the other are the parts of the joined weight; 0 = that does not hold.
+    the other are the parts of the joined weight; 0 = that does not hold. ``memory(bytes)``: a
+    better place for the weights of a model than one tensor each (`hal.settle`), u8.
     """
 
     name: str
@@ -180,6 +181,7 @@ class Layout:
     unpack: Unpack
     rows: int = 0
     stored: Callable[[Spec, int, int], Stored] = _plain_parts
+    memory: Callable[[int], Tensor] | None = None
 
 
 LAYOUTS: dict[str, Layout] = {

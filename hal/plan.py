@@ -28,8 +28,8 @@ class Weight:
     ``kernels``: (largest M, row) in rising order. ``act``: how activations may be encoded on the
     way, None = exact products. ``parts``: the native tensors, kept alive here.
     ``perm`` [K] i32: the order in which the stored columns take those of x (`QTensor.perm`).
-    ``handle``: whatever the backend wants to look up once per weight. ``token``: its name in graphs
-    of ``torch.compile``.
+    ``members``: weights that view rows of this one (`hal.join`). ``handle``: whatever the backend
+    wants to look up once per weight. ``token``: its name in graphs of ``torch.compile``.
     """
 
     spec: Spec
@@ -41,6 +41,7 @@ class Weight:
     kernels: tuple[tuple[int, Kernel], ...]
     act: Act | None = None
     perm: Tensor | None = None
+    members: "tuple[Weight, ...]" = ()
     handle: Any = None
     token: int = field(default_factory=_tokens.__next__, init=False)
 

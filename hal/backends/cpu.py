@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """CPU kernels written in C++ (csrc/): one table per instruction set, chosen at run time."""
 
+import contextlib
+import mmap
 import os
 from functools import cache
 from types import ModuleType
@@ -356,7 +358,19 @@ def block_ops() -> BlockOps:
     return BlockOps(norm, gate, attend)
 
 
-LAYOUTS = (Layout("cpu.tiles", lambda spec, n, k: None, _tile, _untile, TILE),)
+def _huge(nbytes: int) -> Tensor:
+    """Memory in pages of 2 MB where the system grants them, else as it is."""
+    page = 2 << 20
+    region = mmap.mmap(-1, nbytes + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            region.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(region, dtype=torch.uint8)
+    start = -whole.data_ptr() % page
+    return whole[start : start + nbytes]
+
+
+LAYOUTS = (Layout("cpu.tiles", lambda spec, n, k: None, _tile, _untile, TILE, memory=_huge),)
 
 KERNELS = (
     Kernel("cpu.search", "search", _search),
