@@ -3,6 +3,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,8 +21,8 @@ def main() -> None:
     ids = load_file(tokens)["ids"]
     recipe = build_recipe(changes.pop("recipe", None), changes)
     if recipe.calibrates:
-        sizes = {"nsamples": min(len(ids), recipe.nsamples), "seqlen": ids.shape[1]}
-        recipe = build_recipe("autoround", recipe.to_json() | sizes)
+        count = min(len(ids), recipe.nsamples)
+        recipe = replace(recipe, nsamples=count, seqlen=ids.shape[1])
     source = Source(model, torch.empty(0).device)
     run = quantize(recipe, source, Path(output), dataset=[*ids[: recipe.nsamples]])
     print(json.dumps({"seconds": run.seconds, "peak": peak_bytes(), "directory": output}))
