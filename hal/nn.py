@@ -66,9 +66,16 @@ class QExperts(nn.Module):
         self.up: Weight | None = None
         self.down: Weight | None = None
 
-    def load(self, up: QTensor, down: QTensor, dtype: torch.dtype) -> None:
-        """``up [E * 2 I, K]`` (gate rows before up rows of each expert) and ``down [E * K, I]``."""
-        self.up, self.down = prepare(up, dtype=dtype), prepare(down, dtype=dtype)
+    def load(self, up: QTensor, down: QTensor, dtype: torch.dtype, *, fast: bool = False) -> None:
+        """``up [E * 2 I, K]`` (gate rows before up rows of each expert) and ``down [E * K, I]``.
+
+        ``fast`` as for `QLinear.load`.
+        """
+
+        def ready(q: QTensor) -> Weight:
+            return prepare(q, dtype=dtype, act=Act("s8", q.spec.group) if fast else None)
+
+        self.up, self.down = ready(up), ready(down)
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """``x [T, K]``; ``index``, ``weights [T, k]``: each token's experts and their shares."""

@@ -64,9 +64,8 @@ class AutoroundQuantizer(HfQuantizer):
             read = {leaf: self._packed.read(*made_of) for leaf, made_of in swap.weights.items()}
             if isinstance(module, QExperts):
                 up, down = (q for _, q in sorted(read.items(), key=lambda kv: "down" in kv[0]))
-                module.load(
-                    _experts(up, module.experts), _experts(down, module.experts), model.dtype
-                )
+                up, down = (_experts(q, module.experts) for q in (up, down))
+                module.load(up, down, model.dtype, fast=fast)
             else:
                 module.load(next(iter(read.values())), model.dtype, fast=fast)
         return model

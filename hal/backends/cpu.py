@@ -195,13 +195,17 @@ def _tiles(parts: Parts, spec: Spec, shape: tuple[int, int], dtype: torch.dtype)
     return native().Tiles(_shape(spec, *shape, dtype), *_plain(parts))
 
 
+HUGE = 4 << 20  # bytes of codes from which pages of 2 MB waste little
+
+
 def _tile(parts: Parts, spec: Spec) -> Parts:
     parts = {name: t.contiguous() for name, t in parts.items()}
     n, k = parts["codes"].shape
     tiles, groups = -(-n // TILE), spec.groups(k)
     empty = native().Tiles(_shape(spec, n, k, torch.float32), 0, 0, 0)
+    nbytes = empty.code_bytes()
     tiled = {
-        "codes": torch.empty(empty.code_bytes(), dtype=torch.uint8),
+        "codes": _huge(nbytes) if nbytes >= HUGE else torch.empty(nbytes, dtype=torch.uint8),
         "scale": torch.zeros(tiles, groups, TILE, dtype=spec.scale_dtype),
     }
     if not spec.symmetric:

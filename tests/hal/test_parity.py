@@ -281,6 +281,28 @@ def test_qgemm_grouped(isa: str, rows_of_expert: int, dtype: torch.dtype) -> Non
         assert relative_error(rounded[own], want) < 0.02
 
 
+def test_experts_with_activations_in_s8() -> None:
+    spec, experts, k, inner = hal.Spec.parse("s4:g32:f16"), 3, 64, 96
+    up, down = (
+        quantized(weights(experts * n, columns, n), spec)
+        for n, columns in ((2 * inner, k), (k, inner))
+    )
+    up.experts = down.experts = experts
+
+    def act(h: torch.Tensor) -> torch.Tensor:
+        gate, value = h.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * value
+
+    x, index = torch.randn(9, k), torch.randint(0, experts, (9, 2))
+    share = torch.rand(9, 2)
+    results = []
+    for fast in (False, True):
+        module = hal.QExperts(experts, act)
+        module.load(up, down, torch.float32, fast=fast)
+        results.append(module(x, index, share))
+    assert relative_error(results[1], results[0]) < 0.04
+
+
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 def test_restore_is_the_inverse_of_prepare(isa: str) -> None:
     for q in PRODUCTS:
