@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import built
+from objects import built
 
 from hal.backends import cpu
 from hal.testing import TOLERANCE
