@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Few rows without AVX-512: integer dot products of the codes as they are stored. x is one s8 digit
 // with a scale per group (fast), or exactly P signed digits of base 256 of a fixed point number whose
-// unit is a power of two per group (gemm_s8.h has the arithmetic): 22 bits for bf16 and f16, 30 for
+// unit is a power of two per group (digits.h): 22 bits for bf16 and f16, 30 for
 // f32. Sums of a group are whole numbers, and zero points leave them as whole numbers.
 #pragma once
+#include "digits.h"
 #if defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
 #endif
@@ -142,8 +143,6 @@ struct Digits {
   int32_t* sums;
 };
 
-HAL_INLINE int digits_of(const HalGemm& a) { return a.fast ? 1 : a.w.s.dtype == HAL_F32 ? 4 : 3; }
-
 HAL_INLINE int64_t digit_bytes(const HalGemm& a) {
   return (a.m * digits_of(a) * a.w.kp + 63) & ~(int64_t)63;
 }
@@ -155,26 +154,6 @@ HAL_INLINE Digits digits_in(const HalGemm& a) {
 
 static int64_t size_dot(const HalGemm& a) {
   return digit_bytes(a) + (1 + digits_of(a)) * a.m * a.w.s.groups * 4;
-}
-
-HAL_INLINE uint16_t bits_of(uint16_t x) { return x; }
-HAL_INLINE uint32_t bits_of(float x) { return bits_as<uint32_t>(x); }
-
-// A power of two, so that x = unit * a number below 2^bits; at least 2^-126, so that its inverse is
-// finite. NaN, and so is the row of the product, where x is not finite.
-template <int F>
-HAL_INLINE float unit_of(const Stored<F>* x, int64_t n, int bits) {
-  typedef decltype(bits_of(Stored<F>())) Word;
-  Word most = 0;
-  for (int64_t i = 0; i < n; i++) {
-    const Word size = bits_of(x[i]) & (Word)((Word)~(Word)0 >> 1);
-    most = size > most ? size : most;
-  }
-  const Stored<F> largest = bits_as<Stored<F>>(most);
-  const uint32_t amax = bits_as<uint32_t>(first(load_n<F>(&largest, 1)));
-  if (amax >= 0x7f800000) return bits_as<float>(0x7fc00000u);
-  const int least = bits - 126, found = (int)(amax >> 23) - 126;  // amax < 2^found
-  return bits_as<float>((uint32_t)((found > least ? found : least) - bits + 127) << 23);
 }
 
 template <int F, int P>
@@ -310,14 +289,15 @@ static void block_dot(const HalGemm& a, int64_t tile, int64_t row, int64_t rows,
 // Whether sums of a group stay below 2^31.
 HAL_INLINE bool sums_fit(const HalShape& s) { return s.width << (s.bits + 7) < (int64_t)1 << 31; }
 
+template <int P, int B>
+struct DotProduct {
+  static void block(const HalGemm& a, int64_t tile, int64_t row, int64_t rows, float* sums) {
+    block_dot<P, B>(a, tile, row, rows, sums);
+  }
+};
+
 static Path dot_path(const HalGemm& a) {
-  Path path = {nullptr, prepare_dot, size_dot, nullptr, nullptr};
-  by_bits(a.w.s.bits, [&](auto bits) {
-    constexpr int B = decltype(bits)::value;
-    const int digits = digits_of(a);
-    path.block = digits == 1 ? block_dot<1, B> : digits == 3 ? block_dot<3, B> : block_dot<4, B>;
-  });
-  return path;
+  return {digits_block<DotProduct>(a), prepare_dot, size_dot, nullptr, nullptr};
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 // of a group is then exact, and 128 multiplications in two instructions where bf16 takes 32 in one:
 // 0.49 ms against 0.74 for 4096 x 4096 in 4 bits, m = 1, one thread.
 #pragma once
+#include "digits.h"
 
 namespace {
 
@@ -18,8 +19,6 @@ struct Digits {
   float *step, *sums;
   int64_t m;
 };
-
-HAL_INLINE int digits_of(const HalGemm& a) { return a.fast ? 1 : a.w.s.dtype == HAL_F32 ? 4 : 3; }
 
 // Places of digits: rows [m, P, kp].
 struct RowDigits {
@@ -43,22 +42,6 @@ HAL_INLINE Digits digits_in(const HalGemm& a) {
 template <class Place>
 static int64_t size_digits(const HalGemm& a) {
   return Place::size(a) + (a.w.s.groups + digits_of(a) * row_chunks(a.w)) * a.m * 4;
-}
-
-// The step of a group as a power of two, so that x = step * a whole number below 2^digits; at least
-// 2^-126, so that its inverse is finite. NaN, and so is the row of the product, where x is not finite.
-template <int F>
-HAL_INLINE float fixed_step(const Stored<F>* x, int64_t n, int digits) {
-  const __m512i size = _mm512_set1_epi32(0x7fffffff);
-  __m512i most = _mm512_setzero_si512();
-  for (int64_t i = 0; i < n; i += 16) {
-    const __m512i bits = _mm512_castps_si512(load_n<F>(x + i, n - i));
-    most = _mm512_max_epu32(most, _mm512_and_si512(bits, size));
-  }
-  const uint32_t amax = _mm512_reduce_max_epu32(most);
-  if (amax >= 0x7f800000) return bits_as<float>(0x7fc00000u);
-  const int least = digits - 126, found = (int)(amax >> 23) - 126;  // amax < 2^found
-  return bits_as<float>((uint32_t)((found > least ? found : least) - digits + 127) << 23);
 }
 
 // Digits of 16 inputs: out[p] holds digit p, x / step = sum of digit[p] * 256^p.
@@ -91,7 +74,7 @@ HAL_INLINE void prepare_row(const HalGemm& a, const Digits& to, int64_t r) {
     const int64_t inputs = group_inputs(w.s, c.g), n = inputs - c.i < c.n ? inputs - c.i : c.n;
     const Stored<F>* group = (const Stored<F>*)a.x + r * w.s.k + c.g * w.s.width;
     float& step = to.step[c.g * to.m + r];
-    if (c.i == 0) step = P == 1 ? act_scale<F>(group, inputs) : fixed_step<F>(group, inputs, 8 * P - 2);
+    if (c.i == 0) step = P == 1 ? act_scale<F>(group, inputs) : unit_of<F>(group, inputs, 8 * P - 2);
     alignas(64) int8_t digits[P][X_CHUNK] = {};
     for (int64_t i = 0; i < n; i += 16) {
       if constexpr (P == 1) {
@@ -217,29 +200,20 @@ HAL_INLINE void multiply_digits(const HalTiles& w, const Digits& x, int64_t row,
 template <int P, int B>
 struct VectorProduct {
   static void block(const HalGemm& a, int64_t tile, int64_t row, int64_t rows, float* sums) {
-  const Digits x = digits_in<RowDigits>(a);
-  const int most = P == 1 ? 4 : P == 3 ? 2 : 1;
-  for (int64_t m = 0; m < rows; m += most) {
-    few_rows(rows - m, [&](auto r) __attribute__((always_inline)) {
-      constexpr int R = decltype(r)::value < most ? decltype(r)::value : most;
-      multiply_digits<P, R, B>(a.w, x, row + m, tile, sums + m * TILE);
-    });
-  }
+    const Digits x = digits_in<RowDigits>(a);
+    const int most = P == 1 ? 4 : P == 3 ? 2 : 1;
+    for (int64_t m = 0; m < rows; m += most) {
+      few_rows(rows - m, [&](auto r) __attribute__((always_inline)) {
+        constexpr int R = decltype(r)::value < most ? decltype(r)::value : most;
+        multiply_digits<P, R, B>(a.w, x, row + m, tile, sums + m * TILE);
+      });
+    }
   }
 };
 
-// The product of P digits and B bits out of Products<P, B>::block.
 template <template <int, int> class Products, class Place>
 static Path digits_path(const HalGemm& a) {
-  Path path = {nullptr, prepare_digits<Place>, size_digits<Place>, nullptr, nullptr};
-  by_bits(a.w.s.bits, [&](auto bits) {
-    constexpr int B = decltype(bits)::value;
-    const int digits = digits_of(a);
-    path.block = digits == 1   ? Products<1, B>::block
-                 : digits == 3 ? Products<3, B>::block
-                               : Products<4, B>::block;
-  });
-  return path;
+  return {digits_block<Products>(a), prepare_digits<Place>, size_digits<Place>, nullptr, nullptr};
 }
 
 }  // namespace
