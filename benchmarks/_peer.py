@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,13 +29,23 @@ def installed() -> bool:
     return (WHERE / ".ready").exists()
 
 
+def environment(
+    where: Path, packages: Iterable[Sequence[str]], build: Mapping[str, str] = {}
+) -> Path:
+    """The Python of a virtual environment, made on first use: each group of packages in turn."""
+    python = where / "bin" / "python"
+    if not (where / ".ready").exists():
+        subprocess.run([sys.executable, "-m", "venv", str(where)], check=True)
+        for group in packages:
+            command = [str(python), "-m", "pip", "install", "-q", *group]
+            subprocess.run(command, check=True, env={**os.environ, **build})
+        (where / ".ready").touch()
+    return python
+
+
 def install() -> None:
-    """Make the environment; compiling llama.cpp takes minutes. torch comes first and alone."""
-    subprocess.run([sys.executable, "-m", "venv", str(WHERE)], check=True)
-    for package in PACKAGES:
-        command = [str(PYTHON), "-m", "pip", "install", "-q", package]
-        subprocess.run(command, check=True, env=os.environ | BUILD)
-    (WHERE / ".ready").touch()
+    """The environment of the peers that compute products; compiling llama.cpp takes minutes."""
+    environment(WHERE, ([package] for package in PACKAGES), BUILD)
 
 
 #: Threads that spin after their work would take a core from whoever is measured next: our products

@@ -28,6 +28,7 @@ from autoround.calib import load_tokens
 from autoround.evaluate import evaluate
 from autoround.pipeline import load_tokenizer
 from autoround.recipe import RECIPES
+from benchmarks import _peer
 
 HERE = Path(__file__).parent
 PEERS = Path(".cache/peers")
@@ -101,14 +102,7 @@ def main(argv: list[str]) -> None:
 
 def environment(peer: str) -> Path:
     """The peer's own virtual environment, made on first use."""
-    where = PEERS / peer
-    python = where / "bin" / "python"
-    if not (where / ".ready").exists():
-        subprocess.run([sys.executable, "-m", "venv", str(where)], check=True)
-        for packages in (["torch==2.13.0"], PACKAGES[peer]):
-            subprocess.run([str(python), "-m", "pip", "install", "-q", *packages], check=True)
-        (where / ".ready").touch()
-    return python
+    return _peer.environment(PEERS / peer, (["torch==2.13.0"], PACKAGES[peer]))
 
 
 def _directory(model: str) -> Path:
