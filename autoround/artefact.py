@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from autoround.checkpoint import Checkpoint
 from autoround.errors import InputError
 from autoround.formats import ShardSink
-from autoround.models import Checkpoint
 from autoround.plan import ModelPlan
 from autoround.version import VERSION
 

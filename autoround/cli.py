@@ -170,7 +170,7 @@ def quantize(
 
 def _run(recipe: Any, model: str, output: Path, how: tuple[str | None, bool, bool]) -> None:
     from autoround import stream
-    from autoround.models.checkpoint import Checkpoint, resolve
+    from autoround.checkpoint import Checkpoint, resolve
     from autoround.options import device_by_name
     from autoround.terminal import Terminal, summary
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from autoround.calib import load_tokens, pack
+from autoround.checkpoint import resolve
 from autoround.decoder import Plain, decoder
 from autoround.errors import InputError
 from autoround.loading import load
-from autoround.models import resolve
 from autoround.pipeline import load_tokenizer
 from hal import QExperts, QLinear, Weight
 

@@ -4,10 +4,10 @@
 import time
 from collections.abc import Iterator
 
+from autoround.checkpoint import resolve
 from autoround.decoder import continuation
 from autoround.errors import InputError
 from autoround.loading import load
-from autoround.models import resolve
 from autoround.pipeline import load_tokenizer
 
 

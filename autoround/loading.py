@@ -10,10 +10,11 @@ import torch
 import transformers
 from transformers.utils import logging
 
+from autoround.checkpoint import resolve
 from autoround.errors import InputError
+from autoround.header import read_header
 from autoround.integrations import FAST, hook
-from autoround.models import compat, resolve
-from autoround.models.header import read_header
+from autoround.models import compat
 from autoround.options import device_by_name
 
 #: How products may be computed -> ``backend`` of transformers' AutoRoundConfig.

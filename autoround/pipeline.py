@@ -24,19 +24,10 @@ from autoround.artefact import (
     write_record,
 )
 from autoround.calib import TokenSet, load_tokens
+from autoround.checkpoint import Checkpoint, resolve
 from autoround.errors import InputError
 from autoround.formats import ShardSink
-from autoround.models import (
-    Call,
-    Checkpoint,
-    PausedForwards,
-    Samples,
-    StreamedModel,
-    resolve,
-    split,
-    survey_of,
-    verify,
-)
+from autoround.models import Call, PausedForwards, Samples, StreamedModel, split, survey_of, verify
 from autoround.plan import Layer, ModelPlan, make_plan
 from autoround.recipe import Recipe, shard_bytes
 from autoround.run import BlockReport, Progress, Run, Silent, Source, peak_bytes

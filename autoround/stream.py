@@ -19,9 +19,9 @@ from autoround.artefact import (
     write_config,
     write_record,
 )
+from autoround.checkpoint import Checkpoint
 from autoround.errors import InputError
 from autoround.formats import ShardSink
-from autoround.models import Checkpoint
 from autoround.models.survey import EXPERT, by_names, refuse_names, weight
 from autoround.plan import Layer, ModelPlan, make_plan
 from autoround.recipe import Recipe, shard_bytes

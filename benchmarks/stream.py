@@ -25,7 +25,7 @@ OWN = """
 import json, sys, time
 from pathlib import Path
 from autoround import stream
-from autoround.models.checkpoint import Checkpoint
+from autoround.checkpoint import Checkpoint
 from autoround.options import build_recipe
 from autoround.run import Silent, peak_bytes
 start = time.perf_counter()

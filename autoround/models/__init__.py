@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autoround.models.blocks import BlockList, find_blocks
-    from autoround.models.checkpoint import Checkpoint, resolve
     from autoround.models.drive import PausedForwards
-    from autoround.models.header import Entry
     from autoround.models.loader import StreamedModel
     from autoround.models.samples import Call, Samples, split
     from autoround.models.survey import Part, Survey, WeightView
@@ -20,8 +18,6 @@ if TYPE_CHECKING:
 _HOMES = {
     "BlockList": "blocks",
     "Call": "samples",
-    "Checkpoint": "checkpoint",
-    "Entry": "header",
     "Part": "survey",
     "PausedForwards": "drive",
     "Samples": "samples",
@@ -30,7 +26,6 @@ _HOMES = {
     "WeightView": "survey",
     "find_blocks": "blocks",
     "head_view": "views",
-    "resolve": "checkpoint",
     "skipped": "views",
     "split": "samples",
     "survey_of": "views",
@@ -40,8 +35,6 @@ _HOMES = {
 __all__ = [
     "BlockList",
     "Call",
-    "Checkpoint",
-    "Entry",
     "Part",
     "PausedForwards",
     "Samples",
@@ -50,7 +43,6 @@ __all__ = [
     "WeightView",
     "find_blocks",
     "head_view",
-    "resolve",
     "skipped",
     "split",
     "survey_of",

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoround.checkpoint import Checkpoint
 from autoround.errors import InputError
+from autoround.header import AGAIN
 from autoround.models import compat
 from autoround.models.blocks import BlockList, find_blocks
-from autoround.models.checkpoint import Checkpoint
-from autoround.models.header import AGAIN
 
 #: What blocks can be computed in.
 COMPUTE = (torch.float32, torch.bfloat16, torch.float16)

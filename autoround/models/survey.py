@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoround.models.checkpoint import Checkpoint
+from autoround.checkpoint import Checkpoint
 
 # Small or sensitive projections that every serving engine keeps in 16 bits.
 KEPT = re.compile(

@@ -11,13 +11,10 @@ import torch
 import zoo
 from safetensors.torch import load_file, save_file
 
+from autoround.checkpoint import Checkpoint, resolve
 from autoround.errors import InputError
-from autoround.models import (
-    Checkpoint,
-    StreamedModel,
-    resolve,
-)
-from autoround.models.header import read_header
+from autoround.header import read_header
+from autoround.models import StreamedModel
 
 
 def test_checkpoint_reads(saved: Callable[..., Path]) -> None:

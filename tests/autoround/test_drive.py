@@ -10,16 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from autoround.checkpoint import Checkpoint
 from autoround.errors import InputError
-from autoround.models import (
-    Call,
-    Checkpoint,
-    PausedForwards,
-    Samples,
-    StreamedModel,
-    find_blocks,
-    split,
-)
+from autoround.models import Call, PausedForwards, Samples, StreamedModel, find_blocks, split
 
 
 class Toy(nn.Module):

@@ -16,9 +16,9 @@ import transformers
 import zoo
 from safetensors.torch import load_file, save_file
 
+from autoround.checkpoint import Checkpoint
 from autoround.errors import InputError
 from autoround.models import (
-    Checkpoint,
     PausedForwards,
     Samples,
     StreamedModel,
@@ -340,7 +340,8 @@ PROBE = """
 import sys
 from pathlib import Path
 import torch
-from autoround.models import Checkpoint, PausedForwards, StreamedModel
+from autoround.checkpoint import Checkpoint
+from autoround.models import PausedForwards, StreamedModel
 streamed = StreamedModel(Checkpoint(sys.argv[1]))
 streamed.load_outside_blocks()
 inputs = [{"input_ids": torch.arange(3, 35)[None]}] * 2

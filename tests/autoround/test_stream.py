@@ -15,8 +15,8 @@ import zoo
 from safetensors.torch import load_file, save_file
 
 from autoround import pipeline, stream
+from autoround.checkpoint import Checkpoint
 from autoround.errors import InputError
-from autoround.models import Checkpoint
 from autoround.options import build_recipe
 from autoround.recipe import Recipe
 

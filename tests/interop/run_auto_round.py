@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 import autoround
 import hal
 from autoround import pipeline
+from autoround.checkpoint import resolve
 from autoround.integrations.packed import packed_files
-from autoround.models import resolve
 from autoround.options import build_recipe
 from hal import QExperts, QLinear
 

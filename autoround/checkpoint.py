@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from autoround.errors import InputError
-from autoround.models.header import AGAIN, Entry, read_header
+from autoround.header import AGAIN, Entry, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
