@@ -42,16 +42,12 @@ types: install
 check: lint types test
 
 # Our directories in Intel's auto-round and theirs in ours, in an environment of its own.
-PEER := .cache/peers/auto-round
-interop: install $(PEER)/.ready
-	$(PY) tests/interop/run_auto_round.py --peer-python $(PEER)/bin/python
-
-$(PEER)/.ready: | install
-	$(PY) -c 'from benchmarks.tuning import environment; environment("auto-round")'
+interop: install
+	$(PY) tests/interop/run_auto_round.py
 
 # llama.cpp and auto-round-lib, for `python -m benchmarks ops|decode`: compiles for minutes.
 peers: install
-	$(PY) -c 'from benchmarks._peer import install; install()'
+	$(PY) -c 'from benchmarks._peer import environment; environment("kernels")'
 
 sizes:
 	@$(PYTHON) tools/sizes.py

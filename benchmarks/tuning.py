@@ -31,9 +31,6 @@ from autoround.recipe import RECIPES
 from benchmarks import _peer
 
 HERE = Path(__file__).parent
-PEERS = Path(".cache/peers")
-#: Peer -> packages of its environment; torch comes first and alone.
-PACKAGES = {"auto-round": ["auto-round==0.16.1", "transformers==5.23.0"]}
 #: Model -> its directory and the tokens of a sample.
 MODELS = {"pgdoc": 512, "minilm": 128}
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -100,11 +97,6 @@ def main(argv: list[str]) -> None:
         plot.write_text(_plot(f"{model} {scheme}", shown))
 
 
-def environment(peer: str) -> Path:
-    """The peer's own virtual environment, made on first use."""
-    return _peer.environment(PEERS / peer, (["torch==2.13.0"], PACKAGES[peer]))
-
-
 def _directory(model: str) -> Path:
     if model == "pgdoc":
         return HERE / "models" / "pgdoc"
@@ -121,7 +113,7 @@ def _run(key: tuple[str, str, str, int], o: argparse.Namespace) -> Row:
         None, load_tokenizer(source), nsamples=o.nsamples, seqlen=MODELS[model], seed=seed
     )
     save_file({"ids": made.ids}, tokens)
-    python = sys.executable if who == OURS else str(o.peer_python or environment(who))
+    python = sys.executable if who == OURS else str(o.peer_python or _peer.environment(who))
     output = o.output / "made"
     shutil.rmtree(output, ignore_errors=True)
     asked = json.dumps(SCHEMES[scheme] | changes)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Our directories in Intel's loader, and its directories in ours: the same logits, in figures.
 
-    python tests/interop/run_auto_round.py --peer-python VENV/bin/python [--filter WORD]
+    python tests/interop/run_auto_round.py [--peer-python VENV/bin/python] [--filter WORD]
 
 The peer's environment holds `auto-round`, torch and transformers; ours does not know that package.
 Every peer step is a process of its own, because its loader changes transformers for all that
@@ -31,7 +31,9 @@ from autoround.options import build_recipe
 from hal import QExperts, QLinear
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "autoround"))
+sys.path[:0] = [str(HERE.parent / "autoround"), str(HERE.parents[1])]
+from benchmarks import _peer  # noqa: E402
+
 PGDOC = HERE.parents[1] / "benchmarks/models/pgdoc"
 
 #: Largest |difference of logits| over largest |logit|. Our kernels keep ``scale * (code - zero)``
@@ -242,7 +244,7 @@ def outcomes(peer: str, work: Path, word: str = "") -> Iterator[Outcome]:
 def main() -> int:
     """Print the table; 1 if a case is over its bound."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--peer-python", required=True, help="python of the peer's environment")
+    parser.add_argument("--peer-python", type=Path, help="interpreter that has the peer already")
     parser.add_argument("--filter", default="", help="only cases holding this")
     parser.add_argument("--work", type=Path, help="keep the files here")
     parser.add_argument("--json", action="store_true", help="one JSON object a case")
@@ -251,7 +253,8 @@ def main() -> int:
         work = given.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
         bad = 0
-        for o in outcomes(str(Path(given.peer_python).absolute()), work.absolute(), given.filter):
+        peer = given.peer_python or _peer.environment("auto-round")
+        for o in outcomes(str(peer.absolute()), work.absolute(), given.filter):
             bad += o.verdict == "FAIL"
             print(json.dumps(asdict(o)) if given.json else _row(o), flush=True)
     return int(bad > 0)
