@@ -8,7 +8,7 @@
 #include <stdint.h>
 
 enum HalFloat { HAL_F32 = 0, HAL_BF16 = 1, HAL_F16 = 2 };
-enum HalLayout { HAL_GPTQ = 0, HAL_AWQ = 1 };
+enum HalLayout { HAL_GPTQ = 0, HAL_AWQ = 1, HAL_STREAM = 2 };
 
 // An encoded [n, k] matrix: hal.Spec as numbers. `width`: columns of a full group; `least`: the
 // smallest |scale|, already rounded to the scale's storage dtype.

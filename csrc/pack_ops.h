@@ -66,7 +66,7 @@ HAL_INLINE void by_bits(int bits, Fn f) {
   }
 }
 
-// Both layouts turn rows of codes into columns of words. 16 rows go through a buffer at a time, so
+// gptq and awq turn rows of codes into columns of words. 16 rows go through a buffer at a time, so
 // that codes are read along their rows and words written in whole cache lines: one row after another
 // took 0.85 ns a weight, most of it waiting for a new page at every step.
 const int64_t ROWS = 16;
@@ -114,6 +114,36 @@ HAL_INLINE void unpack_gptq(const HalRepack& a, int64_t block, int64_t end) {
           __builtin_memcpy(a.codes + (row + r) * k + b * 32 + 8 * i, &x, 8);
         }
       }
+    }
+  }
+}
+
+// ---- stream: words [n, k / 32 * bits], each row a stream along k. One block = 32 columns of w.
+
+template <int B>
+HAL_INLINE void pack_stream(const HalRepack& a, int64_t block, int64_t end) {
+  const int64_t k = a.s.k, bytes = 4 * B;
+  for (int64_t row = 0; row < a.s.n; row++) {
+    const uint8_t* codes = a.codes + row * k;
+    uint8_t* out = (uint8_t*)a.words + row * (k / 32) * bytes;
+    for (int64_t i = block * 4; i < end * 4; i++) {
+      const uint64_t x = joined<B>(load_u64(codes + 8 * i));
+      __builtin_memcpy(out + B * i, &x, B);
+    }
+  }
+}
+
+template <int B>
+HAL_INLINE void unpack_stream(const HalRepack& a, int64_t block, int64_t end) {
+  const int64_t k = a.s.k, bytes = 4 * B;
+  for (int64_t row = 0; row < a.s.n; row++) {
+    uint8_t* codes = a.codes + row * k;
+    const uint8_t* in = (const uint8_t*)a.words + row * (k / 32) * bytes;
+    for (int64_t i = block * 4; i < end * 4; i++) {
+      uint64_t x = 0;
+      __builtin_memcpy(&x, in + B * i, B);
+      x = apart<B>(x);
+      __builtin_memcpy(codes + 8 * i, &x, 8);
     }
   }
 }
@@ -188,12 +218,18 @@ static void unpack_awq(const HalRepack& a, int64_t block, int64_t end) {
 
 static void pack_blocks(const HalRepack* a, int64_t block, int64_t end) {
   if (a->layout == HAL_AWQ) return pack_awq(*a, block, end);
-  by_bits(a->s.bits, [&](auto bits) { pack_gptq<decltype(bits)::value>(*a, block, end); });
+  by_bits(a->s.bits, [&](auto bits) {
+    const int B = decltype(bits)::value;
+    a->layout == HAL_GPTQ ? pack_gptq<B>(*a, block, end) : pack_stream<B>(*a, block, end);
+  });
 }
 
 static void unpack_blocks(const HalRepack* a, int64_t block, int64_t end) {
   if (a->layout == HAL_AWQ) return unpack_awq(*a, block, end);
-  by_bits(a->s.bits, [&](auto bits) { unpack_gptq<decltype(bits)::value>(*a, block, end); });
+  by_bits(a->s.bits, [&](auto bits) {
+    const int B = decltype(bits)::value;
+    a->layout == HAL_GPTQ ? unpack_gptq<B>(*a, block, end) : unpack_stream<B>(*a, block, end);
+  });
 }
 
 // ---- tiles (csrc/README.md): 64 rows of w; each step of 8 inputs holds four blocks of 16 rows.

@@ -106,6 +106,16 @@ def _unpack_gptq(offset: int) -> Unpack:
     return unpack
 
 
+def _pack_rows(parts: Parts, spec: Spec) -> Parts:
+    kept = {name: t for name, t in parts.items() if name != "codes"}
+    return {"qweight": pack_stream(parts["codes"], spec.bits), **kept}
+
+
+def _unpack_rows(parts: Parts, spec: Spec, shape: tuple[int, int]) -> Parts:
+    kept = {name: t for name, t in parts.items() if name != "qweight"}
+    return {"codes": unpack_stream(parts["qweight"], spec.bits), **kept}
+
+
 def _pack_awq(parts: Parts, spec: Spec) -> Parts:
     return {
         "qweight": pack_awq(_t(parts["codes"])),
@@ -123,6 +133,10 @@ def _fits_stream(spec: Spec, n: int, k: int) -> str | None:
     if n % 32 or k % 32:
         return f"[{n}, {k}] is not a multiple of 32 in both directions"
     return None
+
+
+def _fits_rows(spec: Spec, n: int, k: int) -> str | None:
+    return f"{k} columns are not a multiple of 32" if k % 32 else None
 
 
 def _fits_gptq_minus_one(spec: Spec, n: int, k: int) -> str | None:
@@ -152,6 +166,11 @@ def _gptq_parts(spec: Spec, n: int, k: int) -> Stored:
         "qzeros": (torch.int32, (groups, n * bits // 32)),
         "scales": (spec.scale_dtype, (groups, n)),
     }
+
+
+def _rows_parts(spec: Spec, n: int, k: int) -> Stored:
+    kept = {name: part for name, part in _plain_parts(spec, n, k).items() if name != "codes"}
+    return {"qweight": (torch.int32, (n, k * spec.bits // 32)), **kept}
 
 
 def _awq_parts(spec: Spec, n: int, k: int) -> Stored:
@@ -192,6 +211,8 @@ LAYOUTS: dict[str, Layout] = {
         Layout("gptq", _fits_gptq_minus_one, _pack_gptq(1), _unpack_gptq(1), 0, _gptq_parts),
         # the same with zeros stored as they are (GPTQ v2, auto_round)
         Layout("gptq_raw", _fits_stream, _pack_gptq(0), _unpack_gptq(0), 0, _gptq_parts),
+        # int32 [N, K * b / 32], scales and zeros as in plain (compressed-tensors, MLX, our own)
+        Layout("stream", _fits_rows, _pack_rows, _unpack_rows, 1, _rows_parts),
         # int32 [K, N / 8], nibble order 0 2 4 6 1 3 5 7
         Layout("awq", _fits_awq, _pack_awq, _unpack_awq, 0, _awq_parts),
     )

@@ -22,7 +22,7 @@ from hal.spec import Spec
 
 KIND = "cpu"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-FILE_LAYOUTS = {"gptq": 0, "gptq_raw": 0, "awq": 1}
+FILE_LAYOUTS = {"gptq": 0, "gptq_raw": 0, "awq": 1, "stream": 2}
 TILE = 64
 
 
@@ -157,18 +157,17 @@ def _quantize_act(x: Tensor, group: int, scale: Tensor | None) -> tuple[Tensor, 
 
 def _pack(parts: Parts, spec: Spec, shape: tuple[int, int], layout: str) -> Parts:
     """Codes natively; scales and zero points, a hundredth of the bytes, as the reference does."""
-    n, k = shape
     codes = parts["codes"].contiguous()
     packed = file_layouts.LAYOUTS[layout].pack({**parts, "codes": codes[:32, :32]}, spec)
-    rows, columns = (k * spec.bits // 32, n) if layout != "awq" else (k, n // 8)
-    packed["qweight"] = torch.empty(rows, columns, dtype=torch.int32)
+    dtype, words = file_layouts.LAYOUTS[layout].stored(spec, *shape)["qweight"]
+    packed["qweight"] = torch.empty(words, dtype=dtype)
     _repack(True, spec, shape, layout, codes, packed["qweight"])
     return packed
 
 
 def _unpack(parts: Parts, spec: Spec, shape: tuple[int, int], layout: str) -> Parts:
     words = parts["qweight"].contiguous()
-    few = {**parts, "qweight": words[: spec.bits, :8]}
+    few = {**parts, "qweight": words[: spec.bits, : 8 * spec.bits]}
     plain = file_layouts.LAYOUTS[layout].unpack(few, spec, shape)
     plain["codes"] = torch.empty(shape, dtype=torch.uint8)
     _repack(False, spec, shape, layout, plain["codes"], words)
