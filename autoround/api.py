@@ -121,7 +121,7 @@ class AutoRound:
         out = Path(tempfile.mkdtemp(prefix="result-", dir=self._work.name))
         self._quantize(self.recipe, out)
         assert self._run is not None
-        return load(out), dict(self._run.plan.modules)
+        return load(out), dict(self._run.plan.contents.schemes)
 
     def save_quantized(self, output_dir: str | Path, format: str = "auto_round") -> Path:
         """Write what `quantize` made. Raises InputError for another format than it was made for."""

@@ -4,21 +4,26 @@
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
+from torch import Tensor
 
-from autoround.checkpoint import Checkpoint
+from autoround.checkpoint import companions
 from autoround.errors import InputError
-from autoround.formats import ShardSink
+from autoround.formats import CANONICAL, RECORD, Contents, Export, Module, Target
+from autoround.formats.canonical import to_json
 from autoround.plan import ModelPlan
 from autoround.version import VERSION
+from hal import QTensor
 
-#: File beside the weights that says how they were made. No times or paths: equal runs, equal bytes.
-RECORD = "autoround.json"
+#: Our own files, below a run's directory.
+OWN = "canonical"
 
 
 def check_output(output: Path) -> None:
@@ -56,37 +61,139 @@ def output_directory(output: Path) -> Iterator[None]:
         raise
 
 
-def copy_kept(checkpoint: Checkpoint, plan: ModelPlan, sink: ShardSink) -> None:
-    """Tensors that stay, byte for byte."""
-    for key, fate in plan.fates.items():
-        if fate.startswith("copied"):
-            sink.put_bytes(key, checkpoint.get(key))
+class Artefact:
+    """A run's directory: our own files, and the formats made from them; weights go to all at once.
+
+    With one format its files lie in ``output`` itself, with several each has a directory of its
+    name there. Our own are always in ``output/canonical``, complete, so that every other format can
+    be made later (`autoround.export`). Leaving the context finishes the files of weights; without
+    `describe` no reader takes a directory for a model.
+    """
+
+    def __init__(
+        self, contents: Contents, targets: Sequence[Target], output: Path, max_shard: int,
+        *, durable: bool = True,
+    ) -> None:  # fmt: skip
+        self.contents = contents
+        self._exports = [
+            Export(target, place, max_shard, durable=durable)
+            for target, place in zip(targets, places(targets, output), strict=True)
+        ]
+        self._open = ExitStack()
+
+    @property
+    def exports(self) -> tuple[Export, ...]:
+        """The writers, in the order of the targets."""
+        return tuple(self._exports)
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            for export in self._exports:
+                export.directory.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(export)
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._open.__exit__(kind, error, trace)
+
+    def put(self, module: Module, q: QTensor) -> None:
+        """Write one module's plain weight."""
+        for export in self._exports:
+            export.put(module, q)
+
+    def keep(self, key: str, raw: Tensor) -> None:
+        """Write one tensor that stays."""
+        for export in self._exports:
+            export.keep(key, raw)
+
+    def describe(self, run: Mapping[str, Any]) -> None:
+        """Everything beside the weights; ``run``: what the run knows of itself.
+
+        config.json comes last: without it no reader takes a directory for a finished model.
+        """
+        for export in self._exports:
+            write_companions(self.contents.home, export.directory)
+            record = {**run, **_own_record(export)}
+            (export.directory / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+            _write_config(export)
 
 
-def write_companions(checkpoint: Checkpoint, output: Path) -> None:
-    """Tokenizer and every other file that travels with the model."""
-    for path in checkpoint.companions():
-        target = output / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(checkpoint.path / path, target)
+def places(targets: Sequence[Target], output: Path) -> list[Path]:
+    """The directory of every target below ``output``."""
+    named = [t for t in targets if t.format is not CANONICAL]
+    return [
+        output / OWN
+        if t.format is CANONICAL
+        else output / t.format.name.replace(":", "-")
+        if len(named) > 1
+        else output
+        for t in targets
+    ]
 
 
-def write_record(plan: ModelPlan, run: dict[str, Any], output: Path) -> None:
+def run_record(plan: ModelPlan, run: Mapping[str, Any]) -> dict[str, Any]:
     """What was done with every tensor, and with which versions; ``run`` adds what the run knows."""
     versions = {
         "autoround": VERSION,
         "torch": torch.__version__,
         "transformers": version("transformers"),
     }
-    fates = {"packing": plan.packing.name, "tensors": plan.fates, "kept": plan.kept_because}
-    (output / RECORD).write_text(json.dumps({**versions, **run, **fates}, indent=1) + "\n")
+    return {**versions, **run, "tensors": plan.fates, "kept": plan.kept_because}
 
 
-def write_config(checkpoint: Checkpoint, plan: ModelPlan, output: Path) -> None:
-    """``config.json`` last: without it, no reader takes the directory for a finished model."""
-    own = plan.quantization_config()
-    (output / "quantization_config.json").write_text(json.dumps(own, indent=2) + "\n")
-    config = {**checkpoint.config, "quantization_config": own}
-    partial = output / "config.json.partial"
-    partial.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    partial.replace(output / "config.json")
+#: Rows of a record that belong to one directory and not to the run.
+OF_FORMAT = ("format", "packing", "largest_error", "checksums", "contents")
+
+
+def _own_record(export: Export) -> dict[str, Any]:
+    """What is true of one directory: its format, what it lost, its bytes, its contents."""
+    target = export.target
+    own: dict[str, Any] = {
+        "format": target.format.name,
+        "packing": target.packing.name,
+        "largest_error": max(export.errors.values(), default=0.0),
+        "checksums": {name: f"{crc:08x}" for name, crc in sorted(export.checksums.items())},
+    }
+    if target.format is CANONICAL:
+        own["contents"] = to_json(target.contents)
+    return own
+
+
+def write_companions(home: Path, output: Path) -> None:
+    """Tokenizer and every other file that travels with the model."""
+    for path in companions(home):
+        target = output / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(home / path, target)
+
+
+def _write_config(export: Export) -> None:
+    own = export.target.config()
+    for name in export.target.format.files:
+        text = json.dumps(own["quantization_config"], indent=2) + "\n"
+        (export.directory / name).write_text(text)
+    dtype = own.pop("torch_dtype", None)
+    config = {**export.target.contents.config, **own}
+    partial = export.directory / "config.json.partial"
+    text = json.dumps(_in_dtype(config, dtype) if dtype else config, indent=2, ensure_ascii=False)
+    partial.write_text(text + "\n")
+    partial.replace(export.directory / "config.json")
+
+
+def _in_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The config of a model whose floats are written in another dtype, at every level."""
+    named: dict[str, Any] = {key: dtype for key in ("dtype", "torch_dtype") if key in config} or {
+        "dtype": dtype
+    }
+    inner = {
+        key: _in_dtype(value, dtype)
+        for key, value in config.items()
+        if key.endswith("_config") and isinstance(value, dict) and "dtype" in str(value.keys())
+    }
+    return {**config, **named, **inner}

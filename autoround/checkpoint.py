@@ -78,7 +78,8 @@ def _snapshot(model: str) -> Path:
         ) from error
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises InputError where there is none."""
     try:
         data = json.loads(path.read_bytes())
     except (ValueError, OSError) as error:
@@ -90,9 +91,10 @@ def _json(path: Path) -> dict[str, Any]:
 
 class Checkpoint:
     """A validated checkpoint directory. Only headers are held; every tensor read opens its shard
-    afresh, so that a mapping lives exactly as long as the tensors handed out."""
+    afresh, so that a mapping lives exactly as long as the tensors handed out. One that is quantized
+    is refused unless ``quantized`` says that it may be."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, quantized: bool = False) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
             raise InputError(
@@ -102,8 +104,9 @@ class Checkpoint:
             raise InputError(
                 f"{path} has no config.json: not a checkpoint; give the model directory itself"
             )
-        self.config: dict[str, Any] = _json(self.path / "config.json")
-        self._refuse_quantized()
+        self.config: dict[str, Any] = read_json(self.path / "config.json")
+        if not quantized:
+            self._refuse_quantized()
         self.entries: dict[str, Entry] = {}
         for shard, promised in self._shards().items():
             found = read_header(shard)
@@ -155,7 +158,7 @@ class Checkpoint:
 
     def _indexed(self) -> dict[Path, list[str]]:
         index = self.path / INDEX
-        names = _json(index).get("weight_map")
+        names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise InputError(f"{index} has no weight_map; {AGAIN}")
         shards: dict[Path, list[str]] = {}
@@ -246,14 +249,11 @@ class Checkpoint:
         low, high = torch.aminmax(x)  # one pass without a temporary; both propagate NaN
         return 0 if low.isfinite() and high.isfinite() else int((~x.isfinite()).sum())
 
-    def companions(self) -> list[Path]:
-        """Files that must travel with the model, relative to `path`, sorted."""
-        files = {file for pattern in COMPANIONS for file in self.path.glob(pattern)}
-        kept = [
-            file.relative_to(self.path)
-            for file in files
-            if file.is_file() and file.suffix not in WEIGHTS
-        ]
-        return sorted(
-            f for f in kept if not any(p[0] == "." or p[:2] == "__" for p in f.parts[:-1])
-        )
+
+def companions(path: Path) -> list[Path]:
+    """Files that must travel with the model in a directory, relative to it, sorted."""
+    files = {file for pattern in COMPANIONS for file in path.glob(pattern)}
+    kept = [
+        file.relative_to(path) for file in files if file.is_file() and file.suffix not in WEIGHTS
+    ]
+    return sorted(f for f in kept if not any(p[0] == "." or p[:2] == "__" for p in f.parts[:-1]))

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from autoround.verify import Verdict
+
 app = typer.Typer(
     name="autoround",
     help="Quantize language models to 2-8 bits.",
@@ -187,9 +189,70 @@ def _run(recipe: Any, model: str, output: Path, how: tuple[str | None, bool, boo
             source = Source(model, device, trust_remote_code)
             run = pipeline.quantize(recipe, source, output, progress=terminal)
     console.print(summary(run, run.source_bytes))
+    _verdicts([] if quiet else run.verdicts)
     console.print(
         f"written to {output}; next: autoround eval {output} --against {model}", soft_wrap=True
     )
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="Directory that `autoround quantize` made.")],
+    format: Annotated[str, typer.Option(help="One or several, comma between; see list formats.")],
+    output: Annotated[
+        Path | None, _option("New directory to write. [RUN/FORMAT]", "-o", "--output")
+    ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", "--max_shard_size", help="Largest file.")
+    ] = "5GB",
+) -> None:
+    """Write a finished run in further formats: no model, no tuning, and proven."""
+    from autoround import export as exporting
+    from autoround.formats import formats_by_names
+    from autoround.recipe import shard_bytes
+
+    rows = formats_by_names(format)
+    _verdicts(exporting.export(run, rows, output, shard_bytes(max_shard_size)))
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Directory of a quantized checkpoint.")],
+    format: Annotated[str, typer.Option(help="One or several, comma between; see list formats.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="New directory to write.")],
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", "--max_shard_size", help="Largest file.")
+    ] = "5GB",
+) -> None:
+    """Repack a GPTQ, AWQ, compressed-tensors, MLX or auto-round checkpoint without loss."""
+    from autoround import export as exporting
+    from autoround.formats import formats_by_names
+    from autoround.recipe import shard_bytes
+
+    rows = formats_by_names(format)
+    _verdicts(exporting.convert(source, rows, output, shard_bytes(max_shard_size)))
+
+
+@app.command()
+def verify(
+    directory: Annotated[str, typer.Argument(help="Directory of a finished model.")],
+    against: Annotated[str | None, _option("The run it came from. [in or beside it]")] = None,
+) -> None:
+    """Read a finished model back and compare it with its run, bit for bit."""
+    from autoround.verify import verify as check
+
+    _verdicts([check(directory, against)])
+
+
+def _verdicts(found: "list[Verdict]") -> None:
+    """One line a directory and one a difference; exit code 1 where there are any."""
+    console = _console(False)
+    for verdict in found:
+        console.print(str(verdict), soft_wrap=True, markup=False)
+        for difference in verdict.differences:
+            console.print(f"  {difference}", soft_wrap=True, markup=False)
+    if not all(verdict.ok for verdict in found):
+        raise typer.Exit(1)
 
 
 @app.command(name="eval")
@@ -266,6 +329,7 @@ def _listing(what: Listing) -> "Table":
 
     columns, rows = _rows(what)
     table = Table(*columns)
+    table.columns[0].no_wrap = True
     for row in rows:
         table.add_row(*map(str, row))
     return table
@@ -278,9 +342,9 @@ def _rows(what: Listing) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
         columns: tuple[str, ...] = ("scheme", "bits", "group size", "symmetric")
         return columns, [(n, s.bits, s.group_size, s.sym) for n, s in SCHEMES.items()]
     if what is Listing.formats:
-        from autoround.formats import FORMATS
+        from autoround.formats.table import matrix
 
-        return ("format", "about"), [(f.name, f.about) for f in FORMATS.values()]
+        return ("format", "about", "bits", "groups", "asymmetric", "mixed"), matrix()
     if what is Listing.recipes:
         from autoround.recipe import RECIPES
 

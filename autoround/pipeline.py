@@ -15,18 +15,10 @@ from torch.nn.functional import mse_loss
 
 import hal
 from autoround import stream
-from autoround.artefact import (
-    check_output,
-    copy_kept,
-    output_directory,
-    write_companions,
-    write_config,
-    write_record,
-)
+from autoround.artefact import Artefact, check_output, output_directory, places, run_record
 from autoround.calib import TokenSet, load_tokens
 from autoround.checkpoint import Checkpoint, resolve
 from autoround.errors import InputError
-from autoround.formats import ShardSink
 from autoround.models import Call, PausedForwards, Samples, StreamedModel, split, survey_of, verify
 from autoround.plan import Layer, ModelPlan, make_plan
 from autoround.recipe import Recipe, shard_bytes
@@ -79,14 +71,14 @@ def quantize(
         progress.calibrated(tokens)
     checkpoint.scan_finite()
     run = Run(output, plan, tokens, progress, checkpoint.total_bytes)
-    sink = ShardSink(output, plan.stored, shard_bytes(recipe.max_shard_size))
+    shard, targets = shard_bytes(recipe.max_shard_size), (plan.canonical, *plan.targets)
     with output_directory(output):
-        with sink:
-            copy_kept(checkpoint, plan, sink)
-            _Engine(recipe, streamed, plan, sink, run).run(tokens)
-        write_companions(checkpoint, output)
-        write_record(plan, run.record(recipe), output)
-        write_config(checkpoint, plan, output)
+        with Artefact(plan.contents, targets, output, shard) as artefact:
+            for tensor in plan.contents.kept:
+                artefact.keep(tensor.name, checkpoint.get(tensor.name))
+            _Engine(recipe, streamed, plan, artefact, run).run(tokens)
+        artefact.describe(run_record(plan, run.record(recipe)))
+    run.prove(places(targets, output))
     run.seconds = time.perf_counter() - started
     return run
 
@@ -95,10 +87,10 @@ class _Engine:
     """One run over all blocks."""
 
     def __init__(
-        self, recipe: Recipe, streamed: StreamedModel, plan: ModelPlan, sink: ShardSink, run: Run
+        self, recipe: Recipe, streamed: StreamedModel, plan: ModelPlan, artefact: Artefact, run: Run
     ) -> None:
         self.recipe, self.streamed, self.plan = recipe, streamed, plan
-        self.sink, self.out, self.progress = sink, run, run.progress
+        self.artefact, self.out, self.progress = artefact, run, run.progress
         self.stages = _stages(recipe, run.progress.step)
 
     def run(self, tokens: TokenSet | None) -> None:
@@ -208,9 +200,7 @@ class _Engine:
                 "leave the layer out with --ignore-layers"
             )
         for part in layer.view.parts:
-            packed = hal.pack(q.rows(*part.rows), self.plan.packing.layout)
-            for local, tensor in packed.parts.items():
-                self.sink.put(f"{part.module}.{local}", tensor)
+            self.artefact.put(self.plan.contents.modules[part.key], q.rows(*part.rows))
 
 
 def _stages(recipe: Recipe, on_step: Callable[[int, float], None]) -> tuple[Stage, ...]:

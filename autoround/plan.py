@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything that can be decided from headers alone: each tensor's fate, each file's bytes."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import hal
 from autoround.errors import InputError
-from autoround.formats import Format, Packing, Stored, format_by_name, stored_parts
-from autoround.formats.sink import DTYPES
-from autoround.formats.table import fit
+from autoround.formats import (
+    CANONICAL,
+    Contents,
+    Format,
+    Module,
+    Stored,
+    Target,
+    fit,
+    formats_by_names,
+    target,
+)
+from autoround.formats.table import choose, in_any_shape
 from autoround.models.survey import Part, Survey, WeightView
 from autoround.recipe import Recipe
 from autoround.scheme import KEEP_BITS, Scheme, assign, pattern
@@ -31,17 +39,17 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class ModelPlan:
-    """What a run will do. ``fates`` has one row for every tensor of the source checkpoint."""
+    """What a run will do: ``targets`` are the formats asked for, ``canonical`` our own files.
 
-    format: Format
-    packing: Packing
-    base: Scheme
+    ``fates`` has one row for every tensor of the source checkpoint.
+    """
+
+    contents: Contents
+    canonical: Target
+    targets: tuple[Target, ...]
     blocks: tuple[tuple[Layer, ...], ...]
     head: Layer | None
-    prefix: str
-    modules: dict[str, Scheme]
     kept_because: dict[str, str]
-    stored: tuple[Stored, ...]
     fates: dict[str, str]
 
     @property
@@ -67,11 +75,8 @@ class ModelPlan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors of the output."""
-        return sum(s.nbytes for s in self.stored)
-
-    def quantization_config(self) -> dict[str, Any]:
-        return self.format.config(self.packing, self.base, self.modules, self.prefix)
+        """Bytes of all tensors in the first format asked for."""
+        return self.targets[0].nbytes
 
 
 def make_plan(survey: Survey, recipe: Recipe) -> ModelPlan:
@@ -83,19 +88,20 @@ def make_plan(survey: Survey, recipe: Recipe) -> ModelPlan:
     found, head, kept = survey.blocks, survey.head, dict(survey.kept)
     parts = [part for block in found for view in block for part in view.parts]
     wanted = _assign(recipe, base, parts, head, kept)
-    packing = format_by_name(recipe.format).choose(set(wanted.values()))
+    formats = formats_by_names(recipe.format)
+    _refuse_schemes(formats, set(wanted.values()))
     modules: dict[str, Scheme] = {}
     blocks = tuple(
         tuple(
             Layer(view, scheme)
             for view in block
-            if (scheme := _settle(view, wanted, packing, modules, kept)).bits != KEEP_BITS
+            if (scheme := _settle(view, wanted, formats, modules, kept)).bits != KEEP_BITS
         )
         for block in found
     )
     head_layer = None
     if head is not None and head.parts[0].module in wanted:
-        scheme = _settle(head, wanted, packing, modules, kept)
+        scheme = _settle(head, wanted, formats, modules, kept)
         head_layer = Layer(head, scheme) if scheme.bits != KEEP_BITS else None
     if not any(blocks) and head_layer is None:
         raise InputError(_nothing(kept))
@@ -104,11 +110,20 @@ def make_plan(survey: Survey, recipe: Recipe) -> ModelPlan:
     inside = [name for name in kept if name.startswith(prefix + ".") and name not in modules]
     modules |= {name: Scheme(KEEP_BITS) for name in inside if name not in entries}
     layers = [layer for block in blocks for layer in block] + ([head_layer] if head_layer else [])
-    stored, fates = _place(survey, layers, packing, kept)
+    contents = _contents(survey, layers, modules, base, prefix)
+    fates = _fates(survey, contents, kept)
+    targets = tuple(target(format, contents) for format in formats)
     return ModelPlan(
-        format_by_name(recipe.format), packing, base, blocks, head_layer, prefix,
-        dict(sorted(modules.items())), dict(sorted(kept.items())), stored, fates,
+        contents, target(CANONICAL, contents), targets, blocks, head_layer,
+        dict(sorted(kept.items())), fates,
     )  # fmt: skip
+
+
+def _refuse_schemes(formats: Collection[Format], schemes: Collection[Scheme]) -> None:
+    """InputError where a format cannot hold one of the schemes, whatever a layer's shape."""
+    modules = [module for scheme in schemes if (module := in_any_shape(scheme))]
+    for format in formats:
+        choose(format, modules)
 
 
 def _assign(
@@ -137,7 +152,7 @@ def _assign(
 def _settle(
     view: WeightView,
     wanted: dict[str, Scheme],
-    packing: Packing,
+    formats: Collection[Format],
     modules: dict[str, Scheme],
     kept: dict[str, str],
 ) -> Scheme:
@@ -155,7 +170,7 @@ def _settle(
     for part in view.parts:
         if scheme.bits == KEEP_BITS:
             break
-        scheme, reason = fit(packing, scheme, part.rows[1] - part.rows[0], view.shape[1])
+        scheme, reason = fit((CANONICAL, *formats), _module(part, view, scheme))
         if reason:
             kept.update({p.module: reason for p in view.parts})
     modules.update(dict.fromkeys((part.module for part in view.parts), scheme))
@@ -181,32 +196,46 @@ def _prefix(found: Iterable[Iterable[WeightView]], in_memory: str) -> str:
     return in_memory
 
 
-def _place(
-    survey: Survey, layers: Iterable[Layer], packing: Packing, kept: dict[str, str]
-) -> tuple[tuple[Stored, ...], dict[str, str]]:
-    """Output tensors and the fate of every source tensor, both in the source's order."""
-    replaced: dict[str, list[Stored]] = {}
-    quantized: dict[str, str] = {}
-    for layer in layers:
-        for part in layer.view.parts:
-            shape = (part.rows[1] - part.rows[0], layer.view.shape[1])
-            named = stored_parts(layer.spec, *shape, packing.layout)
-            replaced[part.key] = [
-                Stored(f"{part.module}.{name}", DTYPES[p.dtype], p.shape, p.nbytes)
-                for name, p in named
-            ]
-            quantized[part.key] = f"quantized {layer.spec}"
-    stored: list[Stored] = []
+def _module(part: Part, view: WeightView, scheme: Scheme) -> Module:
+    spec = scheme.spec
+    assert spec is not None
+    shape = (part.rows[1] - part.rows[0], view.shape[1])
+    return Module(part.module, part.key, spec, shape, part.transposed)
+
+
+def _contents(
+    survey: Survey,
+    layers: Iterable[Layer],
+    schemes: dict[str, Scheme],
+    base: Scheme,
+    prefix: str,
+) -> Contents:
+    """What the artefact will hold, in the source's order."""
+    found = {
+        part.key: _module(part, layer.view, layer.scheme)
+        for layer in layers
+        for part in layer.view.parts
+    }
+    checkpoint = survey.checkpoint
+    tensors = {
+        key: Stored(key, entry.dtype, tuple(entry.shape), entry.nbytes)
+        for key, entry in checkpoint.entries.items()
+    }
+    modules = {key: found[key] for key in tensors if key in found}
+    if len(modules) != len(found):
+        raise AssertionError(f"no tensors of the source: {sorted({*found} - {*modules})[:3]}")
+    ordered = dict(sorted(schemes.items()))
+    return Contents(checkpoint.path, checkpoint.config, tensors, modules, ordered, base, prefix)
+
+
+def _fates(survey: Survey, contents: Contents, kept: dict[str, str]) -> dict[str, str]:
+    """What becomes of every source tensor."""
     fates: dict[str, str] = {}
-    for key, entry in survey.checkpoint.entries.items():
-        if key in replaced:
-            stored += replaced.pop(key)
-            fates[key] = quantized[key]
+    for key in contents.tensors:
+        if module := contents.modules.get(key):
+            fates[key] = f"quantized {module.spec}"
             continue
-        stored.append(Stored(key, entry.dtype, tuple(entry.shape), entry.nbytes))
         reason = kept.get(key.removesuffix(".weight"))
         unused = "no home in the model" if key in survey.unused else None
         fates[key] = f"copied: {reason or unused}" if reason or unused else "copied"
-    if replaced or len(fates) != len(survey.checkpoint.entries):
-        raise AssertionError(f"tensors without a fate: {sorted(replaced)[:3]}")
-    return tuple(stored), fates
+    return fates

@@ -3,6 +3,7 @@
 
 import math
 import resource
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,8 +11,10 @@ from typing import Any, Protocol
 import torch
 
 from autoround.calib import TokenSet
+from autoround.errors import InputError
 from autoround.plan import ModelPlan
 from autoround.recipe import Recipe
+from autoround.verify import Verdict, verify
 
 
 class Progress(Protocol):
@@ -60,7 +63,18 @@ class Run:
     progress: Progress
     source_bytes: int
     blocks: list[BlockReport] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
     seconds: float = 0.0
+
+    def prove(self, directories: Iterable[Path]) -> None:
+        """Read the finished directories back. InputError at a difference; nothing is lost."""
+        self.verdicts = [verify(directory) for directory in directories]
+        wrong = [v for v in self.verdicts if not v.ok]
+        if wrong:
+            raise InputError(
+                f"{wrong[0]}, first: {wrong[0].differences[0]}; the run is kept in {self.output}: "
+                f"check the disk, then `autoround verify {wrong[0].directory}`"
+            )
 
     def record(self, recipe: Recipe) -> dict[str, Any]:
         """What decided the bytes of the output, and the losses; no times."""

@@ -29,6 +29,10 @@ class Scheme:
                 f"group_size={self.group_size}: choose -1 (whole row) or a size of at least 16"
             )
 
+    def __str__(self) -> str:
+        group = "whole rows" if self.group_size == -1 else f"group {self.group_size}"
+        return f"{self.bits} bits, {group}, {'' if self.sym else 'a'}symmetric"
+
     @property
     def spec(self) -> Spec | None:
         """The codec's view of it; None = kept."""

@@ -12,16 +12,9 @@ from pathlib import Path
 import torch
 
 import hal
-from autoround.artefact import (
-    check_output,
-    output_directory,
-    write_companions,
-    write_config,
-    write_record,
-)
+from autoround.artefact import Artefact, check_output, output_directory, places, run_record
 from autoround.checkpoint import Checkpoint
 from autoround.errors import InputError
-from autoround.formats import ShardSink
 from autoround.models.survey import EXPERT, by_names, refuse_names, weight
 from autoround.plan import Layer, ModelPlan, make_plan
 from autoround.recipe import Recipe, shard_bytes
@@ -46,38 +39,38 @@ def quantize(recipe: Recipe, checkpoint: Checkpoint, output: Path, progress: Pro
     progress.planned(plan)
     run = Run(output, plan, None, progress, checkpoint.total_bytes)
     # Not synced to the disk: what takes seconds is made anew after a power cut.
-    sink = ShardSink(output, plan.stored, shard_bytes(recipe.max_shard_size), durable=False)
+    shard = shard_bytes(recipe.max_shard_size)
+    targets = (plan.canonical, *plan.targets)
     with output_directory(output):
-        with sink:
-            _write(checkpoint, plan, sink, run)
-        write_companions(checkpoint, output)
-        write_record(plan, run.record(recipe), output)
-        write_config(checkpoint, plan, output)
+        with Artefact(plan.contents, targets, output, shard, durable=False) as artefact:
+            _write(checkpoint, plan, artefact, run)
+        artefact.describe(run_record(plan, run.record(recipe)))
+    run.prove(places(targets, output))
     run.seconds = time.perf_counter() - started
     return run
 
 
-def _write(checkpoint: Checkpoint, plan: ModelPlan, sink: ShardSink, run: Run) -> None:
+def _write(checkpoint: Checkpoint, plan: ModelPlan, artefact: Artefact, run: Run) -> None:
     """Every tensor of the source in its order, each read once; a report per block."""
     layers = {layer.view.param: layer for layer in plan.layers}
     last = {layers.view.param: i for i, block in enumerate(plan.blocks) for layers in block[-1:]}
     started = time.perf_counter()
     for key in checkpoint.entries:
         if layer := layers.get(key):
-            _round(layer, checkpoint, plan.packing.layout, sink)
+            _round(layer, checkpoint, artefact)
         else:
             checkpoint.scan_finite([key])
-            sink.put_bytes(key, checkpoint.get(key))
+            artefact.keep(key, checkpoint.get(key))
         if key in last:
             index, now = last[key], time.perf_counter()
-            name = f"{plan.prefix}.{index}"
+            name = f"{plan.contents.blocks}.{index}"
             report = BlockReport(index, name, math.nan, math.nan, now - started, peak_bytes())
             run.blocks.append(report)
             run.progress.block_done(report)
             started = now
 
 
-def _round(layer: Layer, checkpoint: Checkpoint, layout: str, sink: ShardSink) -> None:
+def _round(layer: Layer, checkpoint: Checkpoint, artefact: Artefact) -> None:
     w = weight(layer.view, checkpoint)
     q = hal.quantize(w, hal.search(w, layer.spec), layer.spec)
     if not torch.isfinite(q.parts["scale"]).all():
@@ -85,5 +78,4 @@ def _round(layer: Layer, checkpoint: Checkpoint, layout: str, sink: ShardSink) -
             f"{layer.view.param}: a scale exceeds {layer.spec.scale}; "
             "leave the layer out with --ignore-layers"
         )
-    for local, tensor in hal.pack(q, layout).parts.items():
-        sink.put(f"{layer.view.parts[0].module}.{local}", tensor)
+    artefact.put(artefact.contents.modules[layer.view.param], q)

@@ -48,8 +48,9 @@ class Terminal:
     def planned(self, plan: "ModelPlan") -> None:
         self._blocks, self._started = len(plan.blocks), time.perf_counter()
         kept = {name: why for name, why in plan.kept_because.items() if "instead" not in why}
+        packings = ", ".join(target.packing.name for target in plan.targets)
         self.console.print(
-            f"{len(plan.layers)} weights in {self._blocks} blocks -> {plan.packing.name}, "
+            f"{len(plan.layers)} weights in {self._blocks} blocks -> {packings}, "
             f"{plan.bits_per_weight:.2f} bits a weight, {_bytes(plan.nbytes)} in all",
             soft_wrap=True,
         )

@@ -1,15 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""File formats: rows of a table, and the sink that writes shards."""
+"""File formats: what they hold, how they are written, how they are read."""
 
-from autoround.formats.sink import ShardSink, Stored
-from autoround.formats.table import FORMATS, Format, Packing, format_by_name, stored_parts
+from autoround.formats.contents import Contents, Module, Stored
+from autoround.formats.export import Export, Target, target
+from autoround.formats.read import RECORD, Quantized
+from autoround.formats.row import Format
+from autoround.formats.table import CANONICAL, FORMATS, fit, formats_by_names
 
 __all__ = [
+    "CANONICAL",
     "FORMATS",
+    "RECORD",
+    "Contents",
+    "Export",
     "Format",
-    "Packing",
-    "ShardSink",
+    "Module",
+    "Quantized",
     "Stored",
-    "format_by_name",
-    "stored_parts",
+    "Target",
+    "fit",
+    "formats_by_names",
+    "target",
 ]

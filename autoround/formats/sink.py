@@ -8,6 +8,7 @@ place: memory never holds more than one.
 
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,23 +19,18 @@ import torch
 from torch import Tensor
 
 from autoround.errors import InputError
+from autoround.formats.contents import Stored
 
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint8: "U8", torch.bool: "BOOL",
+    torch.uint8: "U8", torch.uint32: "U32", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
+#: Dtypes of weights that a format may write in another.
+FLOATS = ("F16", "BF16", "F32", "F64")
+TORCH = {name: dtype for dtype, name in DTYPES.items()}
 PARTIAL = ".partial"
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """One tensor of the output: safetensors dtype name, shape, bytes."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +44,8 @@ class ShardSink:
     """``put`` every planned tensor once, in any order; leaving the context finishes the files.
 
     Until then they carry the suffix ``.partial``; an exception removes them. ``durable``: finished
-    files are on the disk, not in the system's memory alone.
+    files are on the disk, not in the system's memory alone. ``metadata``: the ``format`` that the
+    headers name. ``checksums``: CRC-32 of every tensor put whole.
     """
 
     def __init__(
@@ -58,12 +55,14 @@ class ShardSink:
         max_shard: int,
         *,
         durable: bool = True,
+        metadata: str = "pt",
     ) -> None:
-        self.directory, self._durable = directory, durable
+        self.directory, self._durable, self._metadata = directory, durable, metadata
         self._shards = _split(tensors, max_shard)
         self._places: dict[str, _Place] = {}
         self._files: list[int] = []
-        self._missing: set[str] = set()
+        self._missing: dict[str, set[int]] = {}
+        self.checksums: dict[str, int] = {}
 
     @property
     def names(self) -> list[str]:
@@ -80,11 +79,11 @@ class ShardSink:
         except BaseException:
             self._discard()
             raise
-        self._missing = set(self._places)
+        self._missing = {n: {*range(p.stored.pieces)} for n, p in self._places.items()}
         return self
 
     def _open(self, index: int, shard: list[Stored]) -> None:
-        header, offset = {"__metadata__": {"format": "pt"}}, 0
+        header, offset = {"__metadata__": {"format": self._metadata}}, 0
         for stored in shard:
             end = offset + stored.nbytes
             row = {"dtype": stored.dtype, "shape": stored.shape, "data_offsets": [offset, end]}
@@ -108,24 +107,31 @@ class ShardSink:
             self._places[stored.name] = _Place(index, start, stored)
             start += stored.nbytes
 
-    def put(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor to its place; dtype and shape must be the planned ones."""
-        planned = self._places[name].stored
-        if DTYPES.get(tensor.dtype) != planned.dtype or tuple(tensor.shape) != planned.shape:
-            raise AssertionError(f"{name}: {tensor.dtype} {list(tensor.shape)} is not {planned}")
-        self.put_bytes(name, tensor.detach().cpu().contiguous())
+    def put(self, name: str, tensor: Tensor, index: int = 0) -> None:
+        """Write one tensor to its place; dtype and shape must be the planned ones.
 
-    def put_bytes(self, name: str, raw: Tensor) -> None:
+        ``index``: which of the planned tensor's pieces (rows of its first dimension) it is.
+        """
+        planned = self._places[name].stored
+        shape = planned.shape if planned.pieces == 1 else planned.shape[1:]
+        if DTYPES.get(tensor.dtype) != planned.dtype or tuple(tensor.shape) != shape:
+            raise AssertionError(f"{name}: {tensor.dtype} {list(tensor.shape)} is not {planned}")
+        self.put_bytes(name, tensor.detach().cpu().contiguous(), index)
+
+    def put_bytes(self, name: str, raw: Tensor, index: int = 0) -> None:
         """Write one tensor's raw bytes, whatever its dtype (for exact copies)."""
         place = self._places[name]
         data = memoryview(raw.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        if len(data) != place.stored.nbytes or name not in self._missing:
+        size = place.stored.nbytes // place.stored.pieces
+        if len(data) != size or index not in self._missing[name]:
             raise AssertionError(f"{name}: {len(data)} bytes, planned {place.stored}, or put twice")
-        file, offset = self._files[place.shard], place.offset
+        if place.stored.pieces == 1:
+            self.checksums[name] = zlib.crc32(data)
+        file, offset = self._files[place.shard], place.offset + index * size
         while data:
             written = os.pwrite(file, data[: 1 << 28], offset)
             data, offset = data[written:], offset + written
-        self._missing.discard(name)
+        self._missing[name].discard(index)
 
     def __exit__(
         self,
@@ -136,9 +142,9 @@ class ShardSink:
         if kind is not None:
             self._discard()
             return
-        if self._missing:
+        if missing := sorted(name for name, pieces in self._missing.items() if pieces):
             self._discard()
-            raise AssertionError(f"never written: {sorted(self._missing)[:5]}")
+            raise AssertionError(f"never written: {missing[:5]}")
         self._finish()
 
     def _finish(self) -> None:

@@ -1,102 +1,80 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Formats as rows: which packings a format may use, what fits, and the config that describes it."""
+"""Formats as rows, and what fits into them."""
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from collections.abc import Collection, Iterable
+from dataclasses import replace
 
-import hal
 from autoround.errors import InputError
+from autoround.formats import awq, canonical, compressed, dense, gptq, mlx
+from autoround.formats.contents import Module
+from autoround.formats.row import Format, Packing
 from autoround.scheme import KEEP_BITS, Scheme
 
 #: Tried in this order when a layer's columns are no multiple of its group.
 SMALLER_GROUPS = (64, 32)
+#: What a loader looks for beside config.json.
+COPY = ("quantization_config.json",)
 
-
-@dataclass(frozen=True, slots=True)
-class Packing:
-    """How one kind of file stores integer weights: the name in its config, and the hal layout."""
-
-    name: str
-    layout: str
-
-    def refuse(self, scheme: Scheme, n: int, k: int) -> str | None:
-        """Why an ``[n, k]`` weight of this scheme cannot be stored, or None."""
-        spec = scheme.spec
-        assert spec is not None
-        if n % 32 or k % 32:
-            return f"[{n}, {k}] is not a multiple of 32 in both directions"
-        if k % spec.width(k):
-            # Readers of these files either refuse a short last group or drop the layer silently.
-            return f"{k} columns are not a multiple of group_size {scheme.group_size}"
-        return hal.refuse(spec, (n, k), self.layout)
-
-
-GPTQ = Packing("auto_round:auto_gptq", "gptq")
-AWQ = Packing("auto_round:auto_awq", "awq")
-RAW = Packing("auto_round", "gptq_raw")
-
-
-@dataclass(frozen=True, slots=True)
-class Format:
-    """A row: its packings, best first, and the name loaders know it by."""
-
-    name: str
-    quant_method: str
-    packings: tuple[Packing, ...]
-    about: str
-
-    def choose(self, schemes: Collection[Scheme]) -> Packing:
-        """The packing that holds every quantized layer: the first whose rule admits all schemes."""
-        for packing in self.packings:
-            if all(_admits(packing, scheme) is None for scheme in schemes):
-                return packing
-        reasons = {_admits(self.packings[-1], scheme) for scheme in schemes} - {None}
-        raise InputError(
-            f"format {self.name} cannot hold this: {'; '.join(sorted(map(str, reasons)))}; "
-            "use --format auto_round, which picks a packing that can"
-        )
-
-    def config(
-        self, packing: Packing, base: Scheme, layers: Mapping[str, Scheme], blocks: str
-    ) -> dict[str, Any]:
-        """``quantization_config``: the base scheme, and layers that differ by their exact names."""
-        same = {"bits": base.bits, "group_size": base.group_size, "sym": base.sym}
-        extra: dict[str, dict[str, Any]] = {}
-        for name, scheme in layers.items():
-            own = {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.sym}
-            if scheme.bits == KEEP_BITS:
-                extra[name] = {"bits": KEEP_BITS, "data_type": "float"}
-            elif differs := {k: v for k, v in own.items() if v != same[k]}:
-                extra[name] = (
-                    differs if name.startswith(blocks + ".") else {**own, "data_type": "int"}
-                )
-            elif not name.startswith(blocks + "."):
-                extra[name] = {**own, "data_type": "int"}
-        config: dict[str, Any] = {
-            "quant_method": self.quant_method,
-            "packing_format": packing.name,
-            **same,
-            "data_type": "int",
-            "block_name_to_quantize": blocks,
-        }
-        return {**config, "extra_config": extra} if extra else config
-
+CANONICAL = Format(
+    "canonical", "our own: what all others are made from", (canonical.CANONICAL,),
+    gptq.auto_round_config,
+)  # fmt: skip
 
 FORMATS: dict[str, Format] = {
     row.name: row
     for row in (
-        Format("auto_round", "auto-round", (GPTQ, AWQ, RAW), "picks the packing below that fits"),
         Format(
-            "auto_round:auto_gptq", "auto-round", (GPTQ,), "symmetric, GPTQ words, zeros minus one"
+            "auto_round", "picks the first packing below that fits",
+            (gptq.AUTO_GPTQ, awq.AUTO_AWQ, gptq.RAW), gptq.auto_round_config, files=COPY,
         ),
-        Format("auto_round:auto_awq", "auto-round", (AWQ,), "4 bits, AWQ words"),
         Format(
-            "auto_round:gptqmodel", "auto-round", (RAW,), "any bits, GPTQ words, zeros as they are"
+            "auto_round:auto_gptq", "GPTQ words, zeros minus one",
+            (gptq.AUTO_GPTQ,), gptq.auto_round_config, files=COPY,
+        ),
+        Format(
+            "auto_round:auto_awq", "4 bits, AWQ words",
+            (awq.AUTO_AWQ,), gptq.auto_round_config, files=COPY,
+        ),
+        Format(
+            "auto_round:gptqmodel", "GPTQ words and g_idx, zeros as they are",
+            (gptq.GPTQMODEL,), gptq.auto_round_config, files=COPY,
+        ),
+        Format(
+            "auto_gptq", "GPTQ version 1: zeros minus one, g_idx",
+            (gptq.V1,), gptq.gptq_config, files=(*COPY, "quantize_config.json"),
+        ),
+        Format(
+            "auto_gptq:v2", "GPTQ version 2: zeros as they are, g_idx",
+            (gptq.V2,), gptq.gptq_config, files=(*COPY, "quantize_config.json"),
+        ),
+        Format(
+            "auto_awq", "AWQ gemm, 4 bits, one scheme",
+            (awq.GEMM,), awq.awq_config, uniform=True, files=COPY,
+        ),
+        Format(
+            "llm_compressor", "compressed-tensors, pack-quantized",
+            (compressed.PACKED,), compressed.compressed_config, files=COPY,
+        ),
+        Format(
+            "llm_compressor:int", "compressed-tensors, int-quantized: 8 bits, symmetric",
+            (compressed.BYTES,), compressed.compressed_config, files=COPY,
+        ),
+        Format(
+            "mlx", "MLX affine, experts stacked",
+            (mlx.AFFINE,), mlx.mlx_config, place=mlx.place, cast=mlx.cast, metadata="mlx",
+        ),
+        Format(
+            "auto_round:mlx", "the same, signed auto-round",
+            (mlx.AFFINE,), mlx.auto_round_mlx_config, place=mlx.place, cast=mlx.cast,
+            metadata="mlx",
+        ),
+        Format("fake", "dequantized, in the model's dtype", (dense.OWN,), dense.no_config),
+        Format(
+            "fake:float32", "dequantized, in f32: exact", (dense.F32,), dense.f32_config,
+            cast=dense.f32,
         ),
     )
-}
+}  # fmt: skip
 
 
 def format_by_name(name: str) -> Format:
@@ -106,29 +84,119 @@ def format_by_name(name: str) -> Format:
     return FORMATS[name]
 
 
-def fit(packing: Packing, scheme: Scheme, n: int, k: int) -> tuple[Scheme, str | None]:
-    """The scheme itself, a smaller group, or 16 bits, whichever the packing can store first.
+def formats_by_names(names: str) -> tuple[Format, ...]:
+    """``a,b`` -> rows, each once. Raises InputError for an unknown one or none."""
+    found = dict.fromkeys(name.strip() for name in names.split(",") if name.strip())
+    if not found:
+        raise InputError(f"no format in {names!r}; choose of {', '.join(FORMATS)}")
+    return tuple(format_by_name(name) for name in found)
+
+
+def choose(format: Format, modules: Collection[Module]) -> Packing:
+    """The packing that holds every module: the first whose rule admits all.
+
+    Raises InputError with the modules and reasons where none does.
+    """
+    for packing in format.packings:
+        if all(packing.refuse(module) is None for module in modules):
+            break
+    else:
+        said = {m.name: r for m in modules if (r := format.packings[-1].refuse(m))}
+        first = next(iter(said))
+        reasons = "; ".join(sorted(set(said.values())))
+        raise InputError(
+            f"format {format.name} cannot hold {first}"
+            + (f" and {len(said) - 1} more layers" if len(said) > 1 else "")
+            + f": {reasons}; {_instead(format, modules)}"
+        )
+    schemes = {module.scheme for module in modules}
+    if format.uniform and len(schemes) > 1:
+        raise InputError(
+            f"format {format.name} holds one scheme beside 16 bits, not {len(schemes)}; "
+            f"{_instead(format, modules)}"
+        )
+    return packing
+
+
+def _instead(format: Format, modules: Collection[Module]) -> str:
+    """Which formats can hold these modules, for an error message."""
+    rows = [row.name for row in FORMATS.values() if row is not format and holds(row, modules)]
+    real = [name for name in rows if not name.startswith("fake")]
+    return f"use --format {' or '.join(real[:3])}" if real else "use another scheme"
+
+
+def holds(format: Format, modules: Iterable[Module]) -> bool:
+    """Whether a format has a packing for all of these."""
+    rows = list(modules)
+    one = not format.uniform or len({module.scheme for module in rows}) <= 1
+    return one and any(
+        all(packing.refuse(module) is None for module in rows) for packing in format.packings
+    )
+
+
+def fit(formats: Collection[Format], module: Module) -> tuple[Scheme, str | None]:
+    """The scheme itself, a smaller group, or 16 bits: the first that every format can store.
 
     Returns (scheme, reason it is not the one asked for).
     """
-    reason = packing.refuse(scheme, n, k)
+    scheme, reason = module.scheme, _misfit(formats, module)
     if reason is None:
         return scheme, None
-    for group in SMALLER_GROUPS:
-        smaller = Scheme(scheme.bits, group, scheme.sym)
-        if group < scheme.group_size and packing.refuse(smaller, n, k) is None:
-            return smaller, f"{reason}: group_size {group} instead"
+    if not any(format.uniform for format in formats):
+        for group in SMALLER_GROUPS:
+            smaller = replace(module, spec=replace(module.spec, group=group))
+            if group < scheme.group_size and _misfit(formats, smaller) is None:
+                return smaller.scheme, f"{reason}: group_size {group} instead"
     return Scheme(KEEP_BITS), f"{reason}: kept as it is"
 
 
-@cache
-def stored_parts(spec: hal.Spec, n: int, k: int, layout: str) -> tuple[tuple[str, hal.Part], ...]:
-    """Local tensor names of a packed ``[n, k]`` weight with dtype and shape."""
-    return tuple(hal.describe(spec, (n, k), layout).items())
+def _misfit(formats: Collection[Format], module: Module) -> str | None:
+    """Why one of the formats has no packing for a module, or None."""
+    for format in formats:
+        said = [packing.refuse(module) for packing in format.packings]
+        if None not in said:
+            return said[0]
+    return None
 
 
-def _admits(packing: Packing, scheme: Scheme) -> str | None:
-    """Whether the packing takes the scheme at all, shapes aside."""
+def matrix() -> list[tuple[str, ...]]:
+    """What every format holds, found by asking it: name, about, bits, groups, asymmetric, mixed."""
+    rows: list[tuple[str, ...]] = []
+    for format in FORMATS.values():
+        bits = [
+            b for b in range(2, 9) if _takes(format, Scheme(b)) or _takes(format, Scheme(b, -1))
+        ]
+        some = bits[-1] if bits else 4
+        groups = [g for g in (16, 32, 64, 128, 256, -1) if _takes(format, Scheme(some, g))]
+        asym = [b for b in bits if _takes(format, Scheme(b, 128, False))]
+        rows.append(
+            (
+                format.name,
+                format.about,
+                _range(bits),
+                " ".join("row" if g == -1 else str(g) for g in groups),
+                _range(asym) or "-",
+                "-" if format.uniform or len(bits) == 1 else "yes",
+            )
+        )
+    return rows
+
+
+def _takes(format: Format, scheme: Scheme) -> bool:
+    module = in_any_shape(scheme)
+    return module is not None and holds(format, [module])
+
+
+def in_any_shape(scheme: Scheme) -> Module | None:
+    """A module whose shape suits every format: what is refused then is the scheme. None = kept."""
     spec = scheme.spec
-    width = 32 * max(scheme.group_size, 1) if scheme.group_size > 0 else 32
-    return None if spec is None else hal.refuse(spec, (width, width), packing.layout)
+    if spec is None:
+        return None
+    return Module(f"a layer of {scheme}", "", spec, (1024, 32 * (spec.group or 32)))
+
+
+def _range(values: list[int]) -> str:
+    """``2-8`` for a run without gaps, else every value."""
+    if len(values) > 2 and values[-1] - values[0] == len(values) - 1:
+        return f"{values[0]}-{values[-1]}"
+    return " ".join(map(str, values))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads auto-round checkpoints in transformers so that every packed layer runs on `hal.qgemm`.
+"""Loads quantized checkpoints in transformers so that every packed layer runs on `hal.qgemm`.
 
 What is quantized is read from the shards' headers, never from the config's patterns: a layer with
 packed tensors gets a quantized module, every other layer stays as it is, and a packed layer without
@@ -8,8 +8,10 @@ the files straight into the kernels' layout.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +19,8 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from autoround.errors import InputError
-from autoround.integrations import FAST
-from autoround.integrations.packed import PARTS, PackedFiles, packed_files
+from autoround.formats import Quantized
+from autoround.integrations import FAST, packed
 from autoround.models import compat
 from hal import QExperts, QLinear, QTensor
 
@@ -47,12 +49,14 @@ class AutoroundQuantizer(HfQuantizer):
     ) -> None:
         if not checkpoint_files:
             raise InputError("a quantized model is loaded from a directory of safetensors files")
-        self._packed = packed_files(checkpoint_files, self.quantization_config.to_dict())
-        self._swaps = _find_homes(model, self._packed)
+        self._files = Quantized(Path(checkpoint_files[0]).parent)
+        self._swaps = _find_homes(model, self._files)
         dtype = model.dtype
         for swap in self._swaps:
             _replace(model, swap, dtype)
-        ignored = {rf"\.({'|'.join(PARTS)}|g_idx)$"}
+        parts = "|".join(part for part in self._files.dialect.parts if part != "weight")
+        dense = "|".join(re.escape(key) for key in self._files.owned if key.endswith(".weight"))
+        ignored = {rf"\.({parts})$", *([rf"^({dense})$"] if dense else [])}
         model._keys_to_ignore_on_load_unexpected = {
             *(model._keys_to_ignore_on_load_unexpected or ()), *ignored,
         }  # fmt: skip
@@ -61,7 +65,9 @@ class AutoroundQuantizer(HfQuantizer):
         fast = getattr(self.quantization_config, "backend", None) == FAST
         for swap in self._swaps:
             module = model.get_submodule(swap.name)
-            read = {leaf: self._packed.read(*made_of) for leaf, made_of in swap.weights.items()}
+            read = {
+                leaf: packed.read(self._files, *made_of) for leaf, made_of in swap.weights.items()
+            }
             if isinstance(module, QExperts):
                 up, down = (q for _, q in sorted(read.items(), key=lambda kv: "down" in kv[0]))
                 up, down = (_experts(q, module.experts) for q in (up, down))
@@ -79,9 +85,9 @@ class AutoroundQuantizer(HfQuantizer):
         return False
 
 
-def _find_homes(model: Any, packed: PackedFiles) -> list[_Swap]:
+def _find_homes(model: Any, files: Quantized) -> list[_Swap]:
     """The model's module for every packed module; InputError when one has none."""
-    keys = [f"{name}.weight" for name in packed.modules]
+    keys = [f"{name}.weight" for name in files.modules]
     homes, lost = compat.sources(model, keys)
     swaps: dict[str, _Swap] = {}
     for target, source in homes.items():

@@ -33,7 +33,7 @@ def rtn(model: Any, **changes: Any) -> AutoRound:
 
 
 def same_files(a: Path, b: Path) -> bool:
-    names = [sorted(f.name for f in path.iterdir()) for path in (a, b)]
+    names = [sorted(f.relative_to(path) for f in path.rglob("*") if f.is_file()) for path in (a, b)]
     return names[0] == names[1] and all(
         (a / n).read_bytes() == (b / n).read_bytes() for n in names[0]
     )

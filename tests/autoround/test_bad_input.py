@@ -199,7 +199,7 @@ def test_already_quantized(model: Path, tmp_path: Path, refused: Refused) -> Non
     [
         (["--scheme", "W4A4"], ["unknown scheme 'W4A4'", "list schemes", "W4A16"]),
         (["--format", "gguf"], ["unknown format 'gguf'", "auto_round:auto_awq"]),
-        (["--format", "auto_round,auto_gptq"], ["unknown format", "choose one of"]),
+        (["--format", "auto_round,gptq"], ["unknown format 'gptq'", "choose one of"]),
         (["--recipe", "fast"], ["unknown recipe 'fast'", "autoround, best, light"]),
         (["--bits", "9"], ["bits=9", "2 to 8"]),
         (["--group-size", "8"], ["group_size=8", "at least 16"]),

@@ -11,7 +11,7 @@ import torch
 import zoo
 from safetensors.torch import load_file, save_file
 
-from autoround.checkpoint import Checkpoint, resolve
+from autoround.checkpoint import Checkpoint, companions, resolve
 from autoround.errors import InputError
 from autoround.header import read_header
 from autoround.models import StreamedModel
@@ -49,7 +49,7 @@ def test_companions_travel(llama: Path) -> None:
     for name in [*files, "README.md", "pytorch_model.bin", "tokenizer.bin", ".hidden/x.py"]:
         (llama / name).parent.mkdir(exist_ok=True)
         (llama / name).write_text("x")
-    found = [str(file) for file in Checkpoint(llama).companions()]
+    found = [str(file) for file in companions(llama)]
     assert found == sorted([*files, "generation_config.json"])
 
 

@@ -265,7 +265,7 @@ def test_better_than_rounding_on_a_trained_model(tmp_path: Path, changes: dict[s
     run = made(PGDOC, tmp_path / "one", **changes)
     for block in run.blocks:
         assert 0 < block.loss < 0.95 * block.loss_rtn
-    if run.plan.base.sym:
+    if run.plan.contents.base.sym:
         made(PGDOC, tmp_path / "two", **changes)
         assert digest(tmp_path / "one") == digest(tmp_path / "two")
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import autoround
+import hal
 from autoround import pipeline
 from autoround.errors import InputError
 from autoround.options import build_recipe
@@ -131,7 +132,7 @@ def test_asymmetric_formats_hold_the_same_numbers(made: Made) -> None:
         made("llama", sym=False, format=f"auto_round:{f}")[1] for f in ("auto_awq", "gptqmodel")
     )
     assert oracle.config(awq)["quantization_config"]["packing_format"] == "auto_round:auto_awq"
-    assert oracle.config(raw)["quantization_config"]["packing_format"] == "auto_round"
+    assert oracle.config(raw)["quantization_config"]["packing_format"] == "auto_round:gptqmodel"
     assert torch.equal(logits(autoround.load(awq)), logits(autoround.load(raw)))
 
 
@@ -367,19 +368,28 @@ def test_base_model_of_a_quantized_head_needs_no_home_for_it(made: Made) -> None
         assert torch.equal(base(IDS).last_hidden_state, whole.model(IDS).last_hidden_state)
 
 
-def test_activation_order_is_refused(copy: Path) -> None:
+def test_activation_order(copy: Path) -> None:
+    """Columns of a group anywhere in the row: group ``g_idx[i]`` scales column i."""
     k = 64
     in_order, permuted = torch.arange(k) // 32, torch.arange(k) % 2
 
     def add(order: Tensor) -> Callable[[dict[str, Tensor]], None]:
         return lambda t: t.update({f"{Q}.g_idx": order.int()})
 
+    def weight() -> Tensor:
+        model = autoround.load(copy)
+        return hal.dequantize(hal.restore(model.get_submodule(Q).weight), dtype=torch.float32)
+
     before = logits(autoround.load(copy))
     change(copy, add(in_order))
     assert torch.equal(logits(autoround.load(copy)), before)
+    scale = oracle.read(copy)[f"{Q}.scales"].float().t()
+    levels = weight() / scale[:, in_order]
     change(copy, add(permuted))
-    with pytest.raises(InputError, match=r"up_proj: .*g_idx.* not supported"):
-        autoround.load(copy)
+    assert torch.allclose(weight(), levels * scale[:, permuted])
+    model = autoround.load(copy)
+    x = torch.randn(3, k)
+    assert torch.allclose(model.get_submodule(Q)(x), x @ weight().t(), atol=1e-5)
 
 
 def test_siblings_packed_differently(made: Made, tmp_path: Path) -> None:

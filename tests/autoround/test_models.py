@@ -16,7 +16,7 @@ import transformers
 import zoo
 from safetensors.torch import load_file, save_file
 
-from autoround.checkpoint import Checkpoint
+from autoround.checkpoint import Checkpoint, companions
 from autoround.errors import InputError
 from autoround.models import (
     PausedForwards,
@@ -135,7 +135,7 @@ def test_real_encoder() -> None:
         with torch.no_grad():
             assert torch.equal(results[i].last_hidden_state, reference(**given).last_hidden_state)
     Checkpoint(path).scan_finite()
-    kept = {str(file) for file in Checkpoint(path).companions()}
+    kept = {str(file) for file in companions(path)}
     assert {"tokenizer.json", "vocab.txt", "modules.json", "1_Pooling/config.json"} <= kept
 
 
@@ -340,7 +340,7 @@ PROBE = """
 import sys
 from pathlib import Path
 import torch
-from autoround.checkpoint import Checkpoint
+from autoround.checkpoint import Checkpoint, companions
 from autoround.models import PausedForwards, StreamedModel
 streamed = StreamedModel(Checkpoint(sys.argv[1]))
 streamed.load_outside_blocks()

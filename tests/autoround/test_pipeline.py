@@ -17,9 +17,10 @@ import transformers
 import zoo
 from safetensors.torch import load_file, save_file
 
-from autoround import pipeline, stream
+from autoround import artefact, pipeline, stream
 from autoround.errors import InputError
-from autoround.formats import ShardSink, Stored
+from autoround.formats import Export, Stored
+from autoround.formats.sink import ShardSink
 from autoround.options import build_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -301,7 +302,7 @@ def test_bytes_are_those_planned(saved: Saved, tmp_path: Path) -> None:
     head = json.loads(data[8 : 8 + length])
     assert head.pop("__metadata__") == {"format": "pt"}
     at = 0
-    for planned, (name, row) in zip(run.plan.stored, head.items(), strict=True):
+    for planned, (name, row) in zip(run.plan.targets[0].stored, head.items(), strict=True):
         assert (planned.name, planned.dtype, list(planned.shape)) == (
             name, row["dtype"], row["shape"],
         )  # fmt: skip
@@ -524,7 +525,7 @@ def test_disk_that_fills_while_companions_are_copied(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(stream, "write_companions", full)
+    monkeypatch.setattr(artefact, "write_companions", full)
     with pytest.raises(InputError, match=r"No space left.*free some space or choose another -o"):
         rtn(saved("llama"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -534,16 +535,15 @@ def test_config_is_written_last(
     saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Until everything else is there, no reader takes the directory for a model."""
-    original = pipeline.write_config
+    original = artefact._write_config
 
-    def check(*given: Any) -> None:
-        found = {p.name for p in (tmp_path / "out").iterdir()}
-        assert "model.safetensors" in found
+    def check(export: Export) -> None:
+        found = {p.name for p in export.directory.iterdir()}
+        assert {"model.safetensors", "autoround.json"} <= found
         assert "config.json" not in found
-        original(*given)
+        original(export)
 
-    for module in (pipeline, stream):
-        monkeypatch.setattr(module, "write_config", check)
+    monkeypatch.setattr(artefact, "_write_config", check)
     rtn(saved("llama"), tmp_path / "out")
 
 

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One model in one format: planned to the byte, then written weight by weight."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from autoround.errors import InputError
+from autoround.formats.contents import Contents, Module, Stored
+from autoround.formats.row import Format, Packing, Parts
+from autoround.formats.sink import DTYPES, TORCH, ShardSink
+from autoround.formats.table import choose
+from autoround.header import BITS
+from hal import QTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a format makes of the contents: packing, and every tensor of the files."""
+
+    format: Format
+    packing: Packing
+    contents: Contents
+    stored: tuple[Stored, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in self.stored)
+
+    def config(self) -> dict[str, Any]:
+        """What config.json gets beside the source's own keys."""
+        return self.format.config(self.contents, self.packing)
+
+
+#: Pieces of one output tensor: index of the piece -> safetensors dtype and shape.
+Pieces = dict[int | None, tuple[str, tuple[int, ...]]]
+
+
+def target(format: Format, contents: Contents) -> Target:
+    """Plan one directory. Raises InputError where the format cannot hold the contents."""
+    packing = choose(format, list(contents.modules.values()))
+    pieces: dict[str, Pieces] = {}
+    for key, tensor in contents.tensors.items():
+        if module := contents.modules.get(key):
+            place = format.place(module.name)
+            for suffix, (dtype, shape) in packing.stored(module, contents).items():
+                own = pieces.setdefault(f"{place.name}.{suffix}", {})
+                own[place.index] = (DTYPES[dtype], shape)
+        else:
+            place = format.place(key)
+            own = pieces.setdefault(place.name, {})
+            own[place.index] = (format.cast(tensor.dtype, contents), tensor.shape)
+    stored = (_stored(format, name, own) for name, own in pieces.items())
+    return Target(format, packing, contents, tuple(stored))
+
+
+def _stored(format: Format, name: str, pieces: Pieces) -> Stored:
+    """One tensor of the files. Raises InputError where its pieces do not make one."""
+    dtype, shape = next(iter(pieces.values()))
+    count = len(pieces)
+    if None in pieces:
+        return Stored(name, dtype, shape, math.prod(shape) * BITS[dtype] // 8)
+    if {*pieces} != {*range(count)} or len({*pieces.values()}) > 1:
+        raise InputError(
+            f"format {format.name} stores the experts of a layer as one tensor, {name}: "
+            "give all of them one scheme"
+        )
+    size = count * math.prod(shape) * BITS[dtype] // 8
+    return Stored(name, dtype, (count, *shape), size, count)
+
+
+class Export:
+    """Writes a target: `put` every module, `keep` every other tensor, once, in any order.
+
+    ``errors``: module or tensor -> largest difference between what was given and what a reader
+    makes of the files; empty = exact.
+    """
+
+    def __init__(
+        self, target: Target, directory: Path, max_shard: int, *, durable: bool = True
+    ) -> None:
+        self.target, self.directory = target, directory
+        self.errors: dict[str, float] = {}
+        self._sink = ShardSink(
+            directory, target.stored, max_shard, durable=durable, metadata=target.format.metadata
+        )
+
+    @property
+    def checksums(self) -> Mapping[str, int]:
+        """CRC-32 of every tensor written whole, by its name in the files."""
+        return self._sink.checksums
+
+    def __enter__(self) -> Self:
+        self._sink.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._sink.__exit__(kind, error, trace)
+
+    def put(self, module: Module, q: QTensor) -> None:
+        """Pack and write one module's plain weight."""
+        target = self.target
+        place = target.format.place(module.name)
+        parts: Parts = target.packing.pack(q, module, target.contents)
+        if target.packing.loss is not None:
+            self._lost(module.name, target.packing.loss(q, parts))
+        for suffix, tensor in parts.items():
+            self._sink.put(f"{place.name}.{suffix}", tensor, place.index or 0)
+
+    def keep(self, key: str, raw: Tensor) -> None:
+        """Write one tensor that stays, in the dtype the format wants."""
+        place, dtype = self.target.format.place(key), self.target.contents.tensors[key].dtype
+        wanted = self.target.format.cast(dtype, self.target.contents)
+        if wanted != dtype:
+            given, raw = raw, raw.to(TORCH[wanted])
+            if not torch.equal(raw.to(given.dtype), given):
+                self._lost(key, float((raw.double() - given.double()).abs().max()))
+        self._sink.put_bytes(place.name, raw.contiguous(), place.index or 0)
+
+    def _lost(self, name: str, error: float) -> None:
+        if not math.isfinite(error):
+            raise InputError(
+                f"{name} leaves the range of format {self.target.format.name}; use another format"
+            )
+        if error:
+            self.errors[name] = error

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The types of the format tables: a packing stores one weight, a format one model."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoround.formats.contents import Contents, Module
+from hal import QTensor
+from hal.spec import SCALES
+
+Parts = dict[str, Tensor]
+Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def check(parts: Mapping[str, Tensor], wanted: Shapes, shape: tuple[int, int]) -> None:
+    """ValueError where a tensor has not the dtype and shape that a weight of ``shape`` needs."""
+    for name, (dtype, size) in wanted.items():
+        if (parts[name].dtype, tuple(parts[name].shape)) != (dtype, size):
+            raise ValueError(
+                f"{name} is {parts[name].dtype} {list(parts[name].shape)}, not {dtype} "
+                f"{list(size)} as its {list(shape)} weight needs"
+            )
+
+
+def scale_name(scale: Tensor) -> str:
+    """The name a spec has for the dtype of these scales. ValueError where it has none."""
+    for name, dtype in SCALES.items():
+        if dtype == scale.dtype:
+            return name
+    raise ValueError(f"scales in {scale.dtype}")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor goes: under a name of its own, or as one of several that lie in one."""
+
+    name: str
+    index: int | None = None
+
+
+def as_named(name: str) -> Place:
+    """Every tensor under its own name."""
+    return Place(name)
+
+
+def as_stored(dtype: str, contents: Contents) -> str:
+    """Kept tensors byte for byte."""
+    return dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How one kind of file stores one quantized weight.
+
+    ``refuse(module)``: why it cannot, or None. ``stored(module, contents)``: suffix -> dtype and
+    shape, and ``pack(q, module, contents)``: the tensors themselves; ``q`` is plain, its columns in
+    the matrix's order unless ``act_order`` (then ``q.perm`` tells). ``loss(q, parts)``: largest
+    difference between ``q`` dequantized and what a reader makes of the parts; None = always 0.
+    """
+
+    name: str
+    refuse: Callable[[Module], str | None]
+    stored: Callable[[Module, Contents], Shapes]
+    pack: Callable[[QTensor, Module, Contents], Parts]
+    loss: Callable[[QTensor, Parts], float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One kind of model directory.
+
+    ``packings``, best first: the first that holds every layer serves. ``config(contents,
+    packing)``: what config.json gets beside the source's own keys; ``torch_dtype`` there sets the
+    dtype at every level. ``uniform``: its readers know one scheme and 16 bits. ``place``: names,
+    where not the checkpoint's; ``cast``: safetensors dtype that kept tensors are written in;
+    ``metadata``: of the safetensors header. ``files``: copies of ``quantization_config`` that
+    readers look for.
+    """
+
+    name: str
+    about: str
+    packings: tuple[Packing, ...]
+    config: Callable[[Contents, Packing], dict[str, Any]]
+    place: Callable[[str], Place] = as_named
+    cast: Callable[[str, Contents], str] = as_stored
+    metadata: str = "pt"
+    files: tuple[str, ...] = ()
+    uniform: bool = False
