@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from autoround import pipeline
-from autoround.artefact import check_output
+from autoround.artefact import check_output, places
 from autoround.errors import InputError
+from autoround.export import export
+from autoround.formats import formats_by_names
 from autoround.loading import load
 from autoround.options import build_recipe, default_output, device_by_name, split_names
-from autoround.recipe import Recipe
+from autoround.recipe import Recipe, shard_bytes
 from autoround.run import Run, Source
 from autoround.scheme import Scheme
 
@@ -124,26 +126,33 @@ class AutoRound:
         return load(out), dict(self._run.plan.contents.schemes)
 
     def save_quantized(self, output_dir: str | Path, format: str = "auto_round") -> Path:
-        """Write what `quantize` made. Raises InputError for another format than it was made for."""
+        """Write what `quantize` made, in any format that holds it; else InputError.
+
+        Several, comma between, each get a directory of their name.
+        """
         if self._run is None:
             raise InputError("nothing is quantized yet; call quantize(), or quantize_and_save()")
-        if format != self.recipe.format:
-            raise InputError(
-                f"quantized for {self.recipe.format}; use quantize_and_save(format={format!r})"
-            )
         target = Path(output_dir)
         check_output(target)
-        shutil.copytree(self._run.output, target, dirs_exist_ok=True)
+        if format == self.recipe.format:
+            shutil.copytree(self._run.output, target, dirs_exist_ok=True)
+            return target
+        size = shard_bytes(self.recipe.max_shard_size)
+        export(self._run.output, formats_by_names(format), target, size)
         return target
 
     def quantize_and_save(
         self, output_dir: str | Path | None = None, format: str = "auto_round"
     ) -> tuple[Any, Path]:
-        """Quantize into ``output_dir`` (new or empty); the loaded model and the directory."""
+        """Quantize into ``output_dir`` (new or empty); the loaded model and the directory.
+
+        Of several formats, comma between, the first is loaded.
+        """
         recipe = replace(self.recipe, format=format)
         target = Path(output_dir or default_output(self._source, recipe.weight_scheme))
         self._quantize(recipe, target)
-        return load(target), target
+        assert self._run is not None
+        return load(places(self._run.plan.targets, target)[0]), target
 
     def _quantize(self, recipe: Recipe, output: Path) -> None:
         source = Source(self._source, self.device, self.trust_remote_code)

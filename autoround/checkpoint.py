@@ -123,13 +123,11 @@ class Checkpoint:
             raise InputError(f"{path} holds no tensors; {AGAIN}")
 
     def _refuse_quantized(self) -> None:
-        text = self.config.get("text_config")
-        for part in (self.config, text if isinstance(text, dict) else {}):
-            if found := part.get("quantization_config"):
-                method = found.get("quant_method") if isinstance(found, dict) else found
-                raise InputError(
-                    f"{self.path} is already quantized ({method}); give the original checkpoint"
-                )
+        if found := self.quantization:
+            method = found.get("quant_method", "mlx")
+            raise InputError(
+                f"{self.path} is already quantized ({method}); give the original checkpoint"
+            )
 
     def _shards(self) -> dict[Path, list[str]]:
         """Shard -> names the index promises there (none without an index)."""
@@ -181,6 +179,16 @@ class Checkpoint:
                 f"{self.path} has {len(shards)} of {total} shards and no {INDEX}; {AGAIN}"
             )
         return shards
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """What config.json says of how it is quantized; None = it is not."""
+        text = self.config.get("text_config")
+        for part in (self.config, text if isinstance(text, dict) else {}):
+            for key in ("quantization_config", "quantization"):
+                if found := part.get(key):
+                    return found if isinstance(found, dict) else {"quant_method": str(found)}
+        return None
 
     @property
     def total_bytes(self) -> int:

@@ -56,7 +56,12 @@ def quantize(
     ] = None,
     scheme: Annotated[str | None, _option("See `autoround list schemes`. [W4A16]")] = None,
     recipe: Annotated[str | None, _option("See `autoround list recipes`. [autoround]")] = None,
-    format: Annotated[str | None, _option("See `autoround list formats`. [auto_round]")] = None,
+    format: Annotated[
+        str | None, _option("One or several, comma between; see list formats. [auto_round]")
+    ] = None,
+    serve: Annotated[
+        str | None, _option("Engine that must load it, vllm or sglang: adjusts, or refuses.")
+    ] = None,
     bits: Annotated[int | None, _option("Bits of a weight, over the scheme's.")] = None,
     group_size: Annotated[
         int | None,
@@ -142,6 +147,7 @@ def quantize(
     changes = {
         "scheme": scheme,
         "format": format,
+        "serve": serve,
         "bits": bits,
         "group_size": group_size,
         "sym": False if asym else None,

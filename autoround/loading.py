@@ -10,9 +10,8 @@ import torch
 import transformers
 from transformers.utils import logging
 
-from autoround.checkpoint import resolve
+from autoround.checkpoint import Checkpoint, resolve
 from autoround.errors import InputError
-from autoround.header import read_header
 from autoround.integrations import FAST, hook
 from autoround.models import compat
 from autoround.options import device_by_name
@@ -40,11 +39,14 @@ def load(
     where = resolve(str(path))
     if not (where / "config.json").is_file():
         raise InputError(f"{where} has no config.json; give the directory of a finished model")
-    for file in sorted(where.glob("*.safetensors")):
-        read_header(file)  # a truncated file is told in one line
     config = compat.load_config(str(where), trust_remote_code=False)
-    if own := getattr(config, "quantization_config", None):
-        own["backend"] = COMPUTE[compute]
+    if quantized := Checkpoint(where, quantized=True).quantization:
+        # Whatever program wrote them: our kernels read the files, not the config.
+        named = quantized if quantized.get("quant_method") == "auto-round" else {}
+        packing = named.get("packing_format", "auto_round")
+        config.quantization_config = {
+            "quant_method": "auto-round", "packing_format": packing, "backend": COMPUTE[compute]
+        }  # fmt: skip
     names = getattr(config, "architectures", None) or ["AutoModelForCausalLM"]
     kind = getattr(transformers, names[0], transformers.AutoModelForCausalLM)
     with _without_bar():

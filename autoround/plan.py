@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything that can be decided from headers alone: each tensor's fate, each file's bytes."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import hal
@@ -17,6 +17,7 @@ from autoround.formats import (
     formats_by_names,
     target,
 )
+from autoround.formats.engines import violations
 from autoround.formats.table import choose, in_any_shape
 from autoround.models.survey import Part, Survey, WeightView
 from autoround.recipe import Recipe
@@ -90,27 +91,21 @@ def make_plan(survey: Survey, recipe: Recipe) -> ModelPlan:
     wanted = _assign(recipe, base, parts, head, kept)
     formats = formats_by_names(recipe.format)
     _refuse_schemes(formats, set(wanted.values()))
-    modules: dict[str, Scheme] = {}
-    blocks = tuple(
-        tuple(
-            Layer(view, scheme)
-            for view in block
-            if (scheme := _settle(view, wanted, formats, modules, kept)).bits != KEEP_BITS
-        )
-        for block in found
-    )
-    head_layer = None
-    if head is not None and head.parts[0].module in wanted:
-        scheme = _settle(head, wanted, formats, modules, kept)
-        head_layer = Layer(head, scheme) if scheme.bits != KEEP_BITS else None
+    views = [*found, (head,)] if head is not None and head.parts[0].module in wanted else [*found]
+    layers, modules = _settled(views, wanted, formats, kept)
+    if recipe.serve:
+        adjusted = _adjusted(recipe.serve, formats, modules, survey, kept)
+        layers, modules = _settled(views, {**wanted, **adjusted}, formats, kept)
+        _adjusted(recipe.serve, formats, modules, survey, None)
+    blocks = tuple(layers[: len(found)])
+    head_layer = next((layer for own in layers[len(found) :] for layer in own), None)
     if not any(blocks) and head_layer is None:
         raise InputError(_nothing(kept))
     prefix = _prefix(found, survey.prefix)
     entries = survey.checkpoint.entries
     inside = [name for name in kept if name.startswith(prefix + ".") and name not in modules]
     modules |= {name: Scheme(KEEP_BITS) for name in inside if name not in entries}
-    layers = [layer for block in blocks for layer in block] + ([head_layer] if head_layer else [])
-    contents = _contents(survey, layers, modules, base, prefix)
+    contents = _contents(survey, [x for own in layers for x in own], modules, base, prefix)
     fates = _fates(survey, contents, kept)
     targets = tuple(target(format, contents) for format in formats)
     return ModelPlan(
@@ -149,6 +144,57 @@ def _assign(
     return wanted
 
 
+def _settled(
+    views: Sequence[Sequence[WeightView]],
+    wanted: dict[str, Scheme],
+    formats: Collection[Format],
+    kept: dict[str, str],
+) -> tuple[list[tuple[Layer, ...]], dict[str, Scheme]]:
+    """The layers to quantize, in the groups of ``views``, and what every module gets."""
+    modules: dict[str, Scheme] = {}
+    layers = [
+        tuple(
+            Layer(view, scheme)
+            for view in own
+            if (scheme := _settle(view, wanted, formats, modules, kept)).bits != KEEP_BITS
+        )
+        for own in views
+    ]
+    return layers, modules
+
+
+def _adjusted(
+    engine: str,
+    formats: Collection[Format],
+    modules: dict[str, Scheme],
+    survey: Survey,
+    kept: dict[str, str] | None,
+) -> dict[str, Scheme]:
+    """Schemes that an inference engine wants instead, with the reasons noted in ``kept``.
+
+    Raises InputError for what has no remedy, and for anything at all when ``kept`` is None.
+    """
+    shapes = {
+        part.module: (part.rows[1] - part.rows[0], view.shape[1])
+        for own in (*survey.blocks, *([(survey.head,)] if survey.head else []))
+        for view in own
+        for part in view.parts
+    }
+    better: dict[str, Scheme] = {}
+    for format in formats:
+        for broken in violations(engine, format.name, modules, shapes):
+            if broken.remedy is None or kept is None:
+                raise InputError(
+                    f"--serve {engine}: {broken.modules[0]}: {broken.reason}; "
+                    "choose another format or scheme"
+                )
+            better |= broken.remedy
+            for name, scheme in broken.remedy.items():
+                if scheme != modules[name]:
+                    kept[name] = f"{broken.reason}: {scheme} instead"
+    return better
+
+
 def _settle(
     view: WeightView,
     wanted: dict[str, Scheme],
@@ -166,7 +212,8 @@ def _settle(
         )
     scheme = schemes.pop()
     if scheme.bits == KEEP_BITS:
-        kept.update({part.module: "asked for" for part in view.parts})
+        for part in view.parts:
+            kept.setdefault(part.module, "asked for")
     for part in view.parts:
         if scheme.bits == KEEP_BITS:
             break

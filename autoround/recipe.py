@@ -35,7 +35,8 @@ class Recipe:
     SignRound, with ``feedback`` only on the weights that it cannot reach (fused experts). None of
     them = round to nearest, no data needed. ``lr`` None = 1 / iters (2 / iters from 1000 iterations
     on at 3 bits and below); ``minmax_lr`` None = ``lr``. ``dynamic_max_gap``: end a block
-    after that many steps without a better one. ``dataset`` None = the bundled pack.
+    after that many steps without a better one. ``dataset`` None = the bundled pack. ``format``: one
+    or several, comma between. ``serve``: an inference engine that must be able to load the result.
     """
 
     scheme: str = "W4A16"
@@ -46,6 +47,7 @@ class Recipe:
     ignore_layers: tuple[str, ...] = ()
     quant_lm_head: bool = False
     format: str = "auto_round"
+    serve: str | None = None
     search: bool = False
     feedback: bool = True
     iters: int = 200

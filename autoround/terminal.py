@@ -2,6 +2,7 @@
 """What a run looks like in a terminal, and in a log file: one line per finished block."""
 
 import math
+import re
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -54,6 +55,13 @@ class Terminal:
             f"{plan.bits_per_weight:.2f} bits a weight, {_bytes(plan.nbytes)} in all",
             soft_wrap=True,
         )
+        changed = [
+            re.sub(r"\.\d+\.", ".*.", why) for why in plan.kept_because.values() if "instead" in why
+        ]
+        for reason in sorted(set(changed)):
+            self.console.print(
+                f"  changed {changed.count(reason)}: {reason}", style="yellow", soft_wrap=True
+            )
         for reason in sorted(set(kept.values())):
             count = sum(why == reason for why in kept.values())
             self.console.print(f"  kept {count}: {reason}", style="dim", soft_wrap=True)

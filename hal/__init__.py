@@ -2,7 +2,9 @@
 """Device layer: uniform quantize, pack and dequant-GEMM verbs over swappable kernels."""
 
 from hal import compile as _operators  # noqa: F401 (registers them)
+from hal.backends import backend_names
 from hal.block import Attention, BlockOps, block_ops
+from hal.config import only
 from hal.device import Device, devices
 from hal.nn import QExperts, QLinear
 from hal.ops import (
@@ -43,12 +45,14 @@ __all__ = [
     "Spec",
     "Unsupported",
     "Weight",
+    "backend_names",
     "block_ops",
     "dequantize",
     "describe",
     "devices",
     "explain",
     "join",
+    "only",
     "pack",
     "prepare",
     "qdq",

@@ -76,8 +76,12 @@ def block_ops(device: torch.device) -> BlockOps:
 
     wanted = config.backend()
     for backend in backends():
-        right = wanted in ("", backend.KIND or REFERENCE) and backend.KIND in (device.type, "")
-        if right and backend.probe() is None:
+        right = backend.KIND in (device.type, "")
+        if (
+            right
+            and not config.excludes(wanted, backend.KIND or REFERENCE)
+            and backend.probe() is None
+        ):
             return backend.block_ops()
     raise ValueError(f"HAL_BACKEND={wanted} has nothing for {device}")
 

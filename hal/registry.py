@@ -115,7 +115,7 @@ def _select(case: Case, backend: str, kernel: str, isa: str) -> Kernel:
 def _switched_off(row: Kernel) -> str | None:
     backend, pattern = config.backend(), config.kernel()
     name = row.name.split(".")[0]
-    if backend and name != backend:
+    if config.excludes(backend, name):
         return f"HAL_BACKEND={backend}"
     if pattern and name != "reference" and not fnmatch.fnmatch(row.name, pattern):
         return f"HAL_KERNEL={pattern}"

@@ -10,6 +10,7 @@ the files straight into the kernels' layout.
 import math
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ import torch
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
+import hal
 from autoround.errors import InputError
 from autoround.formats import Quantized
-from autoround.integrations import FAST, packed
+from autoround.integrations import packed
 from autoround.models import compat
 from hal import QExperts, QLinear, QTensor
 
@@ -62,7 +64,13 @@ class AutoroundQuantizer(HfQuantizer):
         }  # fmt: skip
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        fast = getattr(self.quantization_config, "backend", None) == FAST
+        fast, backend = _parse_backend(str(getattr(self.quantization_config, "backend", "auto")))
+        with hal.only(backend) if backend else nullcontext():
+            self._fill(model, fast)
+        return model
+
+    def _fill(self, model: Any, fast: bool) -> None:
+        """Read every packed weight into its module's kernels."""
         for swap in self._swaps:
             module = model.get_submodule(swap.name)
             read = {
@@ -74,7 +82,6 @@ class AutoroundQuantizer(HfQuantizer):
                 module.load(up, down, model.dtype, fast=fast)
             else:
                 module.load(next(iter(read.values())), model.dtype, fast=fast)
-        return model
 
     @property
     def is_trainable(self) -> bool:
@@ -83,6 +90,24 @@ class AutoroundQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         """False: the kernels hold the only copy of the codes; copy the directory instead."""
         return False
+
+
+def _parse_backend(text: str) -> tuple[bool, str]:
+    """``backend`` of an AutoRoundConfig: whether 8-bit activations are allowed, and the backend of
+    `hal` that serves ("" = the best, ``-name`` = any other).
+
+    ``auto``, or ``hal:`` and ``fast``, ``NAME``, ``-NAME``, or two of them with a comma between.
+    Other projects' names (``gptq:marlin``) mean ``auto``: their kernels are not ours to choose.
+    """
+    if not text.startswith("hal:"):
+        return False, ""
+    words = [word for word in text.removeprefix("hal:").split(",") if word]
+    names, known = [word for word in words if word != "fast"], hal.backend_names()
+    if len(names) > 1 or any(name.removeprefix("-") not in known for name in names):
+        raise InputError(
+            f"backend={text!r}: write hal:fast, hal:NAME or hal:-NAME; names: {', '.join(known)}"
+        )
+    return "fast" in words, names[0] if names else ""
 
 
 def _find_homes(model: Any, files: Quantized) -> list[_Swap]:

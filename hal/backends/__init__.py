@@ -21,6 +21,11 @@ def backends() -> tuple[Backend, ...]:
     return tuple(cast(Backend, importlib.import_module(f"{__name__}.{name}")) for name in names)
 
 
+def backend_names() -> list[str]:
+    """What `hal.config.backend` may name: backends that this machine can use."""
+    return [b.KIND or REFERENCE for b in backends() if b.probe() is None]
+
+
 @cache
 def kernels(kind: str) -> tuple[Kernel, ...]:
     """Rows that may serve a device of this kind, best first; the reference rows close the list."""

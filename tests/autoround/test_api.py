@@ -137,10 +137,21 @@ def test_save_before_quantize(llama: Path, tmp_path: Path) -> None:
 
 def test_save_in_another_format(llama: Path, tmp_path: Path) -> None:
     made = rtn(llama)
+    model, _ = made.quantize()
+    made.save_quantized(tmp_path / "awq", format="auto_awq")
+    own = oracle.config(tmp_path / "awq")["quantization_config"]
+    assert own["quant_method"] == "awq"
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, autoround.load(tmp_path / "awq")(ids).logits)
+
+
+def test_save_in_a_format_that_cannot_hold_it(llama: Path, tmp_path: Path) -> None:
+    made = rtn(llama, bits=3)
     made.quantize()
-    with pytest.raises(InputError, match=r"use quantize_and_save\(format='auto_round:auto_awq'\)"):
-        made.save_quantized(tmp_path / "out", format="auto_round:auto_awq")
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match=r"auto_awq cannot hold .* 4 bits, not 3.*use --format"):
+        made.save_quantized(tmp_path / "awq", format="auto_awq")
+    assert not (tmp_path / "awq").exists()
 
 
 def test_save_over_something(llama: Path, tmp_path: Path) -> None:
