@@ -5,6 +5,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -75,23 +76,27 @@ class Artefact:
         *, durable: bool = True,
     ) -> None:  # fmt: skip
         self.contents = contents
-        self._exports = [
+        self.exports = tuple(
             Export(target, place, max_shard, durable=durable)
             for target, place in zip(targets, places(targets, output), strict=True)
-        ]
-        self._open = ExitStack()
-
-    @property
-    def exports(self) -> tuple[Export, ...]:
-        """The writers, in the order of the targets."""
-        return tuple(self._exports)
+        )
+        self._stack = ExitStack()
+        self._threads: list[ThreadPoolExecutor] = []
+        self._writing: list[Future[None]] = []
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            for export in self._exports:
+            for export in self.exports:
                 export.directory.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(export)
-            self._open = stack.pop_all()
+            # Packing, checksums and writing go on while the next weight is tuned.
+            threads = (torch.set_num_threads, (torch.get_num_threads(),))
+            self._threads = [
+                stack.enter_context(ThreadPoolExecutor(1, f"write {n}", *threads))
+                for n in range(len(self.exports))
+            ]
+            stack.push(self._settle)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
@@ -100,24 +105,40 @@ class Artefact:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._open.__exit__(kind, error, trace)
+        self._stack.__exit__(kind, error, trace)
 
     def put(self, module: Module, q: QTensor) -> None:
-        """Write one module's plain weight."""
-        for export in self._exports:
-            export.put(module, q)
+        """Write one module's plain weight; its tensors must not be changed afterwards."""
+        self._wait()
+        self._writing = [
+            thread.submit(export.put, module, q)
+            for thread, export in zip(self._threads, self.exports, strict=True)
+        ]
 
     def keep(self, key: str, raw: Tensor) -> None:
         """Write one tensor that stays."""
-        for export in self._exports:
-            export.keep(key, raw)
+        self._wait()
+        self._writing = [
+            thread.submit(export.keep, key, raw)
+            for thread, export in zip(self._threads, self.exports, strict=True)
+        ]
+
+    def _wait(self) -> None:
+        """For the tensor before: no more than one is held back. Raises what its writers raised."""
+        writing, self._writing = self._writing, []
+        for future in writing:
+            future.result()
+
+    def _settle(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._wait()
 
     def describe(self, run: Mapping[str, Any]) -> None:
         """Everything beside the weights; ``run``: what the run knows of itself.
 
         config.json comes last: without it no reader takes a directory for a finished model.
         """
-        for export in self._exports:
+        for export in self.exports:
             write_companions(self.contents.home, export.directory)
             record = {**run, **_own_record(export)}
             (export.directory / RECORD).write_text(json.dumps(record, indent=1) + "\n")

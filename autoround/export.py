@@ -9,7 +9,7 @@ from typing import Any
 from autoround.artefact import OF_FORMAT, OWN, Artefact, check_output, output_directory, places
 from autoround.errors import InputError
 from autoround.formats import Format, Quantized, Target, target
-from autoround.verify import Verdict, verify
+from autoround.verify import Verdict, prove
 from autoround.version import VERSION
 
 
@@ -72,4 +72,4 @@ def _write(
                 else:
                     artefact.keep(key, files.checkpoint.get(key))
         artefact.describe(record)
-    return [verify(directory, files.path) for directory in directories]
+    return prove(directories, files.path)

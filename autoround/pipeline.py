@@ -78,7 +78,7 @@ def quantize(
                 artefact.keep(tensor.name, checkpoint.get(tensor.name))
             _Engine(recipe, streamed, plan, artefact, run).run(tokens)
         artefact.describe(run_record(plan, run.record(recipe)))
-    run.prove(places(targets, output))
+    run.prove(places(plan.targets, output))
     run.seconds = time.perf_counter() - started
     return run
 

@@ -14,7 +14,7 @@ from autoround.calib import TokenSet
 from autoround.errors import InputError
 from autoround.plan import ModelPlan
 from autoround.recipe import Recipe
-from autoround.verify import Verdict, verify
+from autoround.verify import Verdict, prove
 
 
 class Progress(Protocol):
@@ -68,7 +68,7 @@ class Run:
 
     def prove(self, directories: Iterable[Path]) -> None:
         """Read the finished directories back. InputError at a difference; nothing is lost."""
-        self.verdicts = [verify(directory) for directory in directories]
+        self.verdicts = prove(directories)
         wrong = [v for v in self.verdicts if not v.ok]
         if wrong:
             raise InputError(

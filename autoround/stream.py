@@ -45,7 +45,7 @@ def quantize(recipe: Recipe, checkpoint: Checkpoint, output: Path, progress: Pro
         with Artefact(plan.contents, targets, output, shard, durable=False) as artefact:
             _write(checkpoint, plan, artefact, run)
         artefact.describe(run_record(plan, run.record(recipe)))
-    run.prove(places(targets, output))
+    run.prove(places(plan.targets, output))
     run.seconds = time.perf_counter() - started
     return run
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks._peer import PEERS
 from benchmarks.decode import random_model
-from benchmarks.tuning import PEERS
 
 OWN = """
 import json, sys, time

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """`verify`: a directory held against the run it came from, tensor by tensor."""
 
+import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -13,10 +17,12 @@ from torch import Tensor
 from autoround.checkpoint import INDEX, Checkpoint, read_json
 from autoround.errors import InputError
 from autoround.formats import FORMATS, RECORD, Contents, Format, Module, Quantized
+from autoround.formats.row import Place
 from autoround.verify import decode
 from autoround.verify.claims import RULES, Claim
 from autoround.verify.decode import Numbers
 
+Task = Callable[[], None]
 #: Below a run's directory: our own files.
 CANONICAL = "canonical"
 
@@ -57,12 +63,14 @@ class Verdict:
         )
 
 
-def verify(directory: str | Path, against: str | Path | None = None) -> Verdict:
+def verify(
+    directory: str | Path, against: str | Path | None = None, *, trusted: bool = False
+) -> Verdict:
     """Compare a finished directory with the run it came from.
 
     ``against``: the run, its canonical directory, or any quantized directory; None = looked for in
-    and beside ``directory``. Every difference is in the verdict. Raises InputError only where there
-    is nothing to read.
+    and beside ``directory``. ``trusted``: its own checksums were compared a moment ago. Every
+    difference is in the verdict. Raises InputError only where there is nothing to read.
     """
     path = Path(directory)
     if not (path / "config.json").is_file():
@@ -70,10 +78,18 @@ def verify(directory: str | Path, against: str | Path | None = None) -> Verdict:
     run = _run_of(path, against)
     verdict = Verdict(path, "?", against=run)
     try:
-        _Check(path, run, verdict).all()
+        _Check(path, run, verdict).all(trusted=trusted)
     except InputError as error:
         verdict.differences.append(str(error))
     return verdict
+
+
+def prove(directories: Iterable[Path], against: str | Path | None = None) -> list[Verdict]:
+    """`verify` for several exports of one run, whose own checksums are compared once."""
+    verdicts: list[Verdict] = []
+    for directory in directories:
+        verdicts.append(verify(directory, against, trusted=bool(verdicts)))
+    return verdicts
 
 
 def _run_of(path: Path, against: str | Path | None) -> Path | None:
@@ -93,7 +109,7 @@ class _Check:
     """One comparison. Differences are collected, never raised."""
 
     def __init__(self, path: Path, run: Path | None, verdict: Verdict) -> None:
-        self.path, self.verdict = path, verdict
+        self.path, self.verdict, self._lock = path, verdict, Lock()
         self.checkpoint = Checkpoint(path, quantized=True)
         own = self.checkpoint.config.get("quantization_config")
         dense = not own and "quantization" not in self.checkpoint.config
@@ -108,24 +124,27 @@ class _Check:
             self.contents = None
         verdict.format = str(self.record.get("format") or (self.files and self.files.dialect.name))
 
-    def all(self) -> None:
-        self._checksums()
+    def all(self, *, trusted: bool) -> None:
         self._index()
+        tasks: list[Task] = []
         if self.run is None or self.contents is None:
-            self._alone()
-            return
-        _checksums_of(self.run.checkpoint, _record(self.run.path), self._differs, "the run's ")
-        if self.files is None:
-            self._dense(self.contents, self.run)
+            tasks += self._checksums(self.checkpoint, self.record, "")
+            self.verdict.checksums = len(tasks)
+            tasks += self._alone(self.files) if self.files else []
         else:
-            self._packed(self.contents, self.run, self.files)
-        self._kept(self.contents, self.run)
+            if not trusted:
+                tasks += self._checksums(self.run.checkpoint, _record(self.run.path), "the run's ")
+            if self.files is None:
+                tasks += self._dense(self.contents, self.run)
+            else:
+                tasks += self._packed(self.contents, self.run, self.files)
+            tasks += self._kept(self.contents, self.run)
+        _side_by_side(tasks)
+        self.verdict.differences.sort()
 
     def _differs(self, text: str) -> None:
-        self.verdict.differences.append(text)
-
-    def _checksums(self) -> None:
-        self.verdict.checksums = _checksums_of(self.checkpoint, self.record, self._differs, "")
+        with self._lock:
+            self.verdict.differences.append(text)
 
     def _index(self) -> None:
         """The index, where there is one: as many bytes as there are, no tensor left out."""
@@ -138,34 +157,53 @@ class _Check:
         for name in self.checkpoint.entries.keys() - index["weight_map"].keys():
             self._differs(f"{name} is in a file and not in {INDEX}")
 
-    def _alone(self) -> None:
-        """Without a run: every module decodes, and is what the config says."""
-        if self.files is None:
-            return
-        for name in self.files.modules:
-            numbers = self._numbers(self.files, name)
-            if numbers is not None:
-                self.verdict.modules += 1
-                self._sane(name, numbers)
-                self._claimed(name, numbers, _inside(self.files, name))
+    def _checksums(
+        self, checkpoint: Checkpoint, record: dict[str, Any], whose: str
+    ) -> Iterator[Task]:
+        """Every tensor's bytes against the checksum taken when it was written."""
+        for name, crc in (record.get("checksums") or {}).items():
+            if name not in checkpoint.entries:
+                self._differs(f"{whose}{name} is missing")
+            else:
+                yield partial(self._checksum, checkpoint, name, crc, whose)
 
-    def _packed(self, contents: Contents, run: Quantized, files: Quantized) -> None:
+    def _checksum(self, checkpoint: Checkpoint, name: str, crc: str, whose: str) -> None:
+        raw = checkpoint.get(name).reshape(-1).view(torch.uint8).numpy()
+        if f"{zlib.crc32(memoryview(raw)):08x}" != crc:  # type: ignore[arg-type]
+            self._differs(f"{whose}{name} is not what was written: its checksum differs")
+
+    def _alone(self, files: Quantized) -> Iterator[Task]:
+        """Without a run: every module decodes, and is what the config says."""
+        self.verdict.modules = len(files.modules)
+
+        def look(name: str) -> None:
+            if (numbers := self._numbers(files, name)) is not None:
+                self._sane(name, numbers)
+                self._claimed(name, numbers, _inside(name))
+
+        for name in files.modules:
+            yield partial(look, name)
+
+    def _packed(self, contents: Contents, run: Quantized, files: Quantized) -> Iterator[Task]:
+        """Packed modules: the same ones, with the same numbers, as the config says."""
         names = {module.name for module in contents.modules.values()}
         for name in sorted(names - {*files.modules}):
             self._differs(f"{name} is quantized in the run and has no codes here")
         for name in sorted({*files.modules} - names):
             self._differs(f"{name} has codes here and is not quantized in the run")
-        for module in contents.modules.values():
-            if module.name not in files.homes:
-                continue
+        here = [module for module in contents.modules.values() if module.name in files.homes]
+
+        def compare(module: Module) -> None:
             expected, found = self._numbers(run, module.name), self._numbers(files, module.name)
-            if expected is None or found is None:
-                continue
-            self.verdict.modules += 1
-            self._sane(module.name, found)
-            self._same(module.name, found, expected)
-            self._claimed(module.name, found, contents.inside(module.name))
+            if expected is not None and found is not None:
+                self._sane(module.name, found)
+                self._same(module.name, found, expected)
+                self._claimed(module.name, found, contents.inside(module.name))
+
+        self.verdict.modules = len(here)
         self._unclaimed(contents, files)
+        for module in here:
+            yield partial(compare, module)
 
     def _numbers(self, files: Quantized, name: str) -> Numbers | None:
         try:
@@ -247,22 +285,26 @@ class _Check:
             if self._claim(name, contents.inside(name)) is not None:
                 self._differs(f"{name} stays in 16 bits, but config.json says it is quantized")
 
-    def _dense(self, contents: Contents, run: Quantized) -> None:
-        for key, module in contents.modules.items():
-            entry = self.checkpoint.entries.get(key)
+    def _dense(self, contents: Contents, run: Quantized) -> Iterator[Task]:
+        """Dequantized modules: the run's numbers, rounded once to the dtype of the file."""
+
+        def compare(module: Module) -> None:
             numbers = self._numbers(run, module.name)
-            if entry is None:
-                self._differs(f"{key} is missing")
+            if module.key not in self.checkpoint.entries:
+                self._differs(f"{module.key} is missing")
             elif numbers is not None:
-                self.verdict.modules += 1
-                exact, found = numbers.weight(), self.checkpoint.get(key)
+                exact, found = numbers.weight(), self.checkpoint.get(module.key)
                 found = found.t() if module.transposed else found
                 if found.shape != exact.shape or not torch.equal(found, exact.to(found.dtype)):
-                    self._differs(f"{key} is not the run's weight in {found.dtype}")
-                    continue
-                self._lost(float((found.float() - exact).abs().max()))
+                    self._differs(f"{module.key} is not the run's weight in {found.dtype}")
+                else:
+                    self._lost(float((found.float() - exact).abs().max()))
 
-    def _kept(self, contents: Contents, run: Quantized) -> None:
+        self.verdict.modules = len(contents.modules)
+        for module in contents.modules.values():
+            yield partial(compare, module)
+
+    def _kept(self, contents: Contents, run: Quantized) -> Iterator[Task]:
         """Other tensors: all there, nothing else, the same bytes (or the same after a cast)."""
         format = _format(self.verdict.format)
         owned = self.files.owned if self.files else {*contents.modules}
@@ -273,20 +315,22 @@ class _Check:
                 self._differs(f"{stored.name} is missing")
                 continue
             left.discard(place.name)
-            found = self.checkpoint.slice(place.name)
-            have = found[...] if place.index is None else found[place.index]
-            want = run.checkpoint.get(stored.name)
-            cast = want.to(have.dtype)
             self.verdict.kept += 1
-            if not _same_bytes(have, cast):
-                self._differs(f"{stored.name} is not what the run has")
-            elif have.dtype != want.dtype:
-                self._lost(float((have.double() - want.double()).abs().max()))
+            yield partial(self._same_kept, run, stored.name, place)
         for name in sorted(left):
             self._differs(f"{name} is here and not in the run")
 
+    def _same_kept(self, run: Quantized, name: str, place: Place) -> None:
+        found, want = self.checkpoint.slice(place.name), run.checkpoint.get(name)
+        have = found[...] if place.index is None else found[place.index]
+        if not _same_bytes(have, want.to(have.dtype)):
+            self._differs(f"{name} is not what the run has")
+        elif have.dtype != want.dtype:
+            self._lost(float((have.double() - want.double()).abs().max()))
+
     def _lost(self, error: float) -> None:
-        self.verdict.largest_error = max(self.verdict.largest_error, error)
+        with self._lock:
+            self.verdict.largest_error = max(self.verdict.largest_error, error)
 
 
 def _decoded(files: Quantized, name: str) -> Numbers:
@@ -307,23 +351,17 @@ def _decoded(files: Quantized, name: str) -> Numbers:
     return decode.compressed(parts)
 
 
+def _side_by_side(tasks: Iterable[Task]) -> None:
+    """Everything once, on all cores, each on one: decoding is too fine for torch's threads."""
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(os.cpu_count(), "verify", torch.set_num_threads, (1,)) as pool:
+        for done in [pool.submit(task) for task in tasks]:
+            done.result()
+    torch.set_num_threads(threads)  # new threads start with what was set last, anywhere
+
+
 def _record(path: Path) -> dict[str, Any]:
     return read_json(path / RECORD) if (path / RECORD).is_file() else {}
-
-
-def _checksums_of(
-    checkpoint: Checkpoint, record: dict[str, Any], differs: Callable[[str], None], whose: str
-) -> int:
-    """Compare every tensor's bytes with the checksum that was taken when it was written."""
-    noted: dict[str, str] = record.get("checksums") or {}
-    for name, crc in noted.items():
-        if name not in checkpoint.entries:
-            differs(f"{whose}{name} is missing")
-            continue
-        raw = checkpoint.get(name).reshape(-1).view(torch.uint8).numpy()
-        if f"{zlib.crc32(memoryview(raw)):08x}" != crc:  # type: ignore[arg-type]
-            differs(f"{whose}{name} is not what was written: its checksum differs")
-    return len(noted)
 
 
 def _format(name: str) -> Format:
@@ -333,10 +371,11 @@ def _format(name: str) -> Format:
 def _same_bytes(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    raw = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
-    return torch.equal(*raw)
+    # As integers: NaN equals itself, and -0.0 is not 0.0.
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))
 
 
-def _inside(files: Quantized, name: str) -> bool:
+def _inside(name: str) -> bool:
     """Whether a module lies in a numbered list, as far as a name tells."""
     return any(step.isdigit() for step in name.split("."))
