@@ -58,6 +58,7 @@ class AutoRound:
         gradient_accumulate_steps: int | None = None,
         device_map: str | int | None = None,
         seed: int | None = None,
+        low_cpu_mem_usage: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
         if isinstance(scheme, Scheme):
@@ -98,7 +99,7 @@ class AutoRound:
             )
         self.tokenizer = tokenizer
         self.device = device_by_name(device_map)
-        self.trust_remote_code = trust_remote_code
+        self.trust_remote_code, self.low_cpu_mem_usage = trust_remote_code, low_cpu_mem_usage
         self._dataset = None if isinstance(dataset, str) else dataset
         self._work = tempfile.TemporaryDirectory(prefix="autoround-")
         self._source = self._checkpoint(model)
@@ -155,7 +156,7 @@ class AutoRound:
         return load(places(self._run.plan.targets, target)[0]), target
 
     def _quantize(self, recipe: Recipe, output: Path) -> None:
-        source = Source(self._source, self.device, self.trust_remote_code)
+        source = Source(self._source, self.device, self.trust_remote_code, self.low_cpu_mem_usage)
         self._run = pipeline.quantize(
             recipe, source, output, tokenizer=self.tokenizer, dataset=self._dataset
         )

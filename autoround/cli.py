@@ -136,6 +136,14 @@ def quantize(
     device_map: Annotated[
         str | None, _option("Device to tune on. [the first]", "--device-map", "--device_map")
     ] = None,
+    low_cpu_mem_usage: Annotated[
+        bool,
+        typer.Option(
+            "--low-cpu-mem-usage",
+            "--low_cpu_mem_usage",
+            help="Keep what passes between blocks in a file.",
+        ),
+    ] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the checkpoint's own Python code.")
     ] = False,
@@ -173,16 +181,16 @@ def quantize(
     named = (output_dir or Path()) / default_output(model, built.weight_scheme)
     if output and output_dir:
         raise InputError("give -o (the directory itself) or --output-dir (its parent), not both")
-    _run(built, model, output or named, (device_map, trust_remote_code, quiet))
+    _run(built, model, output or named, (device_map, trust_remote_code, low_cpu_mem_usage, quiet))
 
 
-def _run(recipe: Any, model: str, output: Path, how: tuple[str | None, bool, bool]) -> None:
+def _run(recipe: Any, model: str, output: Path, how: tuple[str | None, bool, bool, bool]) -> None:
     from autoround import stream
     from autoround.checkpoint import Checkpoint, resolve
     from autoround.options import device_by_name
     from autoround.terminal import Terminal, summary
 
-    device_map, trust_remote_code, quiet = how
+    device_map, trust_remote_code, low_cpu_mem_usage, quiet = how
     console, device = _console(quiet), device_by_name(device_map)
     checkpoint = None if recipe.calibrates else Checkpoint(resolve(model))
     with Terminal(console, recipe.iters) as terminal:
@@ -192,7 +200,7 @@ def _run(recipe: Any, model: str, output: Path, how: tuple[str | None, bool, boo
             from autoround import pipeline
             from autoround.run import Source
 
-            source = Source(model, device, trust_remote_code)
+            source = Source(model, device, trust_remote_code, low_cpu_mem_usage)
             run = pipeline.quantize(recipe, source, output, progress=terminal)
     console.print(summary(run, run.source_bytes))
     _verdicts([] if quiet else run.verdicts)

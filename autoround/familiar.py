@@ -29,7 +29,6 @@ RENAMED = {
 #: What the known tool does on request only and we always do, or have no need of.
 ALWAYS = {
     "--low_gpu_mem_usage",
-    "--low_cpu_mem_usage",
     "--enable_deterministic_algorithms",
     "--enable_torch_compile",
     "--disable_torch_compile",

@@ -19,7 +19,18 @@ from autoround.artefact import Artefact, check_output, output_directory, places,
 from autoround.calib import TokenSet, load_tokens
 from autoround.checkpoint import Checkpoint, resolve
 from autoround.errors import InputError
-from autoround.models import Call, PausedForwards, Samples, StreamedModel, split, survey_of, verify
+from autoround.models import (
+    Call,
+    PausedForwards,
+    Pool,
+    Samples,
+    Store,
+    StreamedModel,
+    split,
+    survey_of,
+    trim,
+    verify,
+)
 from autoround.plan import Layer, ModelPlan, make_plan
 from autoround.recipe import Recipe, shard_bytes
 from autoround.run import BlockReport, Progress, Run, Silent, Source, peak_bytes
@@ -76,7 +87,7 @@ def quantize(
         with Artefact(plan.contents, targets, output, shard) as artefact:
             for tensor in plan.contents.kept:
                 artefact.keep(tensor.name, checkpoint.get(tensor.name))
-            _Engine(recipe, streamed, plan, artefact, run).run(tokens)
+            _Engine(recipe, streamed, plan, artefact, run, source.low_cpu_mem_usage).run(tokens)
         artefact.describe(run_record(plan, run.record(recipe)))
     run.prove(places(plan.targets, output))
     run.seconds = time.perf_counter() - started
@@ -87,11 +98,18 @@ class _Engine:
     """One run over all blocks."""
 
     def __init__(
-        self, recipe: Recipe, streamed: StreamedModel, plan: ModelPlan, artefact: Artefact, run: Run
+        self,
+        recipe: Recipe,
+        streamed: StreamedModel,
+        plan: ModelPlan,
+        artefact: Artefact,
+        run: Run,
+        spill: bool,
     ) -> None:
         self.recipe, self.streamed, self.plan = recipe, streamed, plan
         self.artefact, self.out, self.progress = artefact, run, run.progress
         self.stages = _stages(recipe, run.progress.step)
+        self.pool = Pool(run.output, spill)
 
     def run(self, tokens: TokenSet | None) -> None:
         if self.plan.head is not None:
@@ -106,13 +124,16 @@ class _Engine:
         chains = 2 if self.recipe.enable_quanted_input else 1
         inputs = [{"input_ids": row} for row in rows * chains]
         last = len(self.streamed.blocks.modules) - 1
-        with PausedForwards(self.streamed.model, self.streamed.blocks.modules, inputs) as forwards:
+        modules, adopt = self.streamed.blocks.modules, self._adopt(len(rows))
+        with PausedForwards(self.streamed.model, modules, inputs, adopt) as forwards:
+            trim()
             for index, calls in forwards:
                 with self._block(index) as task:
-                    outputs = self._tune(task, calls, len(rows))
+                    for outputs in self._tune(task, calls, len(rows)):
+                        if index < last:  # the model's head adds nothing that tuning needs
+                            forwards.resume(outputs)
                 if index == last:
-                    break  # the model's head adds nothing that tuning needs
-                forwards.resume(outputs)
+                    break
         for index in sorted(set(range(last + 1)) - {report.index for report in self.out.blocks}):
             with self._block(index) as task:  # text alone never reaches it: cross-attention
                 Search().run(task)
@@ -125,10 +146,11 @@ class _Engine:
         layers = {_inside(layer, name): layer for layer in self.plan.blocks[index]}
         with self.streamed.block(index) as module:
             tasks = {key: _layer_task(layer, self.streamed) for key, layer in layers.items()}
-            task = BlockTask(index, module, tasks, self._amp)
+            task = BlockTask(index, module, tasks, self._computing)
             yield task
             for key, layer in layers.items():
                 self._write(layer, tasks[key])
+        trim()
         rtn, loss = (task.report.get(key, math.nan) for key in ("loss_rtn", "loss"))
         seconds = time.perf_counter() - started
         report = BlockReport(index, name, rtn, loss, seconds, peak_bytes())
@@ -139,48 +161,92 @@ class _Engine:
         for stage in self.stages:
             stage.run(task)
 
-    def _tune(self, task: BlockTask, calls: Mapping[int, Call], n: int) -> dict[int, Any]:
+    def _adopt(self, n: int) -> Callable[[int, Call], None]:
+        """Puts the first block's inputs in a store, both chains' of a sample in one row.
+
+        In place: a paused forward holds on to its embeddings until its end.
+        """
+        stores: list[Store] = []
+        rows: list[Tensor] = []
+
+        def adopt(i: int, call: Call) -> None:
+            if not stores:
+                stores.append(self.pool.take(n, call.hidden))
+            if i < n:
+                rows.append(stores[0].put(i, call.hidden))
+            if torch.equal(call.hidden, rows[i % n]):
+                call.hidden.set_(rows[i % n])  # type: ignore[call-overload]
+            self.pool.rest()
+
+        return adopt
+
+    def _tune(self, task: BlockTask, calls: dict[int, Call], n: int) -> Iterator[Mapping[int, Any]]:
         """Tune on the quantized chain's inputs toward the float chain's outputs.
 
         Inputs ``0 .. n-1`` are the float chain, ``n ..`` the quantized one (where there is one).
-        Returns what each waiting forward gets as its block's output.
+        Yields what each waiting forward gets as its block's output, float chain first: by then its
+        inputs are needed no more, and the rounded block's outputs take their place.
         """
         floats = Samples({i: call for i, call in calls.items() if i < n})
         quants = Samples({i - n: call for i, call in calls.items() if i >= n})
-        outputs = self._forward_all(task, floats, {})
+        calls.clear()
+        outputs = self._forward_all(task, floats, {}, self._finite)
         task.y = {i: hidden(out) for i, out in outputs.items()}
-        if not all(torch.isfinite(y).all() for y in task.y.values()):
+        task.x = quants if quants.indices else floats
+        task.floats = floats
+        if self.recipe.feedback:
+            task.held = task.x.indices[1:][-max(1, n // HELD_OUT) :]
+        if task.layers:
+            self._run_stages(task)
+        yield outputs
+        if quants.indices:
+            del floats
+            task.floats = None
+        rounded = self._forward_all(task, task.x, _dequantized(task))
+        task.report["loss"] = _mean_loss({i: rounded[i] for i in task.judged}, task.y)
+        if quants.indices:
+            yield {i + n: out for i, out in rounded.items()}
+
+    def _forward_all(
+        self,
+        task: BlockTask,
+        samples: Samples,
+        weights: dict[str, Tensor],
+        check: Callable[[BlockTask, Tensor], None] = lambda task, out: None,
+    ) -> dict[int, Any]:
+        """Block output of every sample, in the container the block returns."""
+        outputs: dict[int, Any] = {}
+        store: Store | None = None
+        with torch.no_grad():
+            for batch in samples.batches(samples.indices, self.recipe.batch_size):
+                out = task.forward(samples.gather(batch), weights)
+                check(task, hidden(out))
+                for i, piece in zip(batch, split(out, len(batch)), strict=True):
+                    store = store or self.pool.take(len(samples.indices), hidden(piece))
+                    row = store.put(samples.indices.index(i), hidden(piece))
+                    outputs[i] = (row, *piece[1:]) if isinstance(piece, tuple) else row
+        return outputs
+
+    def _finite(self, task: BlockTask, out: Tensor) -> None:
+        if not torch.isfinite(out).all():
             raise InputError(
                 f"{self.streamed.blocks.names[task.index]} puts out NaN or infinity in "
                 f"{self.streamed.dtype} before anything is quantized; save the model in bfloat16 "
                 "first, or use --recipe rtn"
             )
-        task.x = tuned_on = quants if quants.indices else floats
-        task.floats = floats
-        if self.recipe.feedback:
-            task.held = tuned_on.indices[1:][-max(1, n // HELD_OUT) :]
-        if task.layers:
-            self._run_stages(task)
-        rounded = self._forward_all(task, tuned_on, _dequantized(task))
-        task.report["loss"] = _mean_loss({i: rounded[i] for i in task.judged}, task.y)
-        return outputs | {i + n: out for i, out in rounded.items() if quants.indices}
 
-    def _forward_all(
-        self, task: BlockTask, samples: Samples, weights: dict[str, Tensor]
-    ) -> dict[int, Any]:
-        """Block output of every sample, in the container the block returns."""
-        outputs: dict[int, Any] = {}
-        with torch.no_grad():
-            for batch in samples.batches(samples.indices, self.recipe.batch_size):
-                out = task.forward(samples.gather(batch), weights)
-                outputs |= dict(zip(batch, split(out, len(batch)), strict=True))
-        return outputs
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """bf16 arithmetic for f32 models; other models compute in their own dtype.
 
-    def _amp(self) -> contextlib.AbstractContextManager[Any]:
-        """bf16 arithmetic for f32 models; other models compute in their own dtype."""
-        if self.streamed.dtype != torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.streamed.device.type, torch.bfloat16)
+        Afterwards the samples' memory is given back where they lie in files.
+        """
+        kind = self.streamed.device.type
+        try:
+            with torch.autocast(kind, torch.bfloat16, self.streamed.dtype == torch.float32):
+                yield
+        finally:
+            self.pool.rest()
 
     def _head(self, layer: Layer) -> None:
         """The output projection: rounded to nearest, for want of a block to tune it in."""

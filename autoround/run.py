@@ -94,11 +94,16 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The model to quantize and the devices and trust given to it."""
+    """The model to quantize, and the device, memory and trust given to it.
+
+    ``low_cpu_mem_usage``: what passes between blocks lies in a file beside the output, not in
+    memory. No bit of the result depends on it.
+    """
 
     model: str | Path
     device: torch.device
     trust_remote_code: bool = False
+    low_cpu_mem_usage: bool = False
 
 
 def peak_bytes() -> int:

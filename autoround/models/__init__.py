@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from autoround.models.drive import PausedForwards
     from autoround.models.loader import StreamedModel
     from autoround.models.samples import Call, Samples, split
+    from autoround.models.store import Pool, Store, trim
     from autoround.models.survey import Part, Survey, WeightView
     from autoround.models.views import head_view, skipped, survey_of, verify, views_of
 
@@ -20,7 +21,9 @@ _HOMES = {
     "Call": "samples",
     "Part": "survey",
     "PausedForwards": "drive",
+    "Pool": "store",
     "Samples": "samples",
+    "Store": "store",
     "StreamedModel": "loader",
     "Survey": "survey",
     "WeightView": "survey",
@@ -29,6 +32,7 @@ _HOMES = {
     "skipped": "views",
     "split": "samples",
     "survey_of": "views",
+    "trim": "store",
     "verify": "views",
     "views_of": "views",
 }
@@ -37,7 +41,9 @@ __all__ = [
     "Call",
     "Part",
     "PausedForwards",
+    "Pool",
     "Samples",
+    "Store",
     "StreamedModel",
     "Survey",
     "WeightView",
@@ -46,6 +52,7 @@ __all__ = [
     "skipped",
     "split",
     "survey_of",
+    "trim",
     "verify",
     "views_of",
 ]

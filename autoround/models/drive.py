@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from autoround.models.samples import Call
+from autoround.models.samples import Call, alike
 
 STACK = 1 << 23  # bytes; virtual until touched. Remote code can be deep, the default may be small
 
@@ -35,6 +35,7 @@ class _Forward:
     call: Call | None = None
     reply: Any = None
     stop: bool = False
+    steps: int = 0
     result: Any = None
     error: BaseException | None = None
 
@@ -51,6 +52,7 @@ class _Forward:
     def step(self) -> None:
         """In the driving thread: run it to its next block or end; re-raise what it raised."""
         self.block = self.call = None
+        self.steps += 1
         self.go.release()
         self.parked.acquire()
         if self.error is not None:
@@ -71,14 +73,20 @@ class PausedForwards:
     no_grad and without a cache; blocks called by the caller run under the caller's own modes."""
 
     def __init__(
-        self, model: nn.Module, blocks: Sequence[nn.Module], inputs: Sequence[Mapping[str, Tensor]]
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        inputs: Sequence[Mapping[str, Tensor]],
+        arrived: Callable[[int, Call], None] = lambda i, call: None,
     ) -> None:
-        self.model = model
+        """``arrived``: told of each input at its first block, before the next one starts."""
+        self.model, self._arrived = model, arrived
         self.results: dict[int, Any] = {}
         self._blocks = tuple(blocks)
         self._originals: tuple[Callable[..., Any], ...] = ()
         self._shadowed: list[Any] = []
         self._own = threading.local()
+        self._shared: list[tuple[Tensor, int]] = []
         self._forwards = [_Forward(given) for given in inputs]
         takes = inspect.signature(model.forward).parameters
         self._options: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
@@ -113,9 +121,12 @@ class PausedForwards:
                 for i, f in enumerate(self._forwards)
                 if f.block == index and f.call is not None
             }
-            before = [self._forwards[i].call for i in calls]
+            steps = {i: self._forwards[i].steps for i in calls}
+            self._unchanged()
+            first = calls[min(calls)].rest()
+            self._shared = [s for call in calls.values() for s in _one_copy(call.rest(), first)]
             yield index, calls
-            if any(self._forwards[i].call is call for i, call in zip(calls, before, strict=True)):
+            if any(self._forwards[i].steps == count for i, count in steps.items()):
                 raise RuntimeError(
                     f"block {index}: resume() must give every waiting input its output"
                 )
@@ -128,6 +139,14 @@ class PausedForwards:
                 raise RuntimeError(f"input {i} does not wait for an output")
             forward.reply = outputs[i]
             self._step(i)
+
+    def _unchanged(self) -> None:
+        """Tensors of one memory for all inputs must not have been written to."""
+        if any(tensor._version != version for tensor, version in self._shared):
+            raise RuntimeError(
+                f"{type(self.model).__name__} changes what it gives to blocks in place; "
+                "this architecture is not supported yet: use --recipe rtn, and report it"
+            )
 
     def original(self, index: int) -> Callable[..., Any]:
         """The unpatched forward of block `index`."""
@@ -158,6 +177,11 @@ class PausedForwards:
                     self._step(i)
                 finally:
                     torch.set_num_threads(threads)  # undo _run's for this and later threads
+                first = self._forwards[0].call
+                if forward.call is not None:
+                    self._arrived(i, forward.call)
+                    if first is not None:
+                        _one_copy(forward.call.rest(), first.rest())
         finally:
             threading.stack_size(stack)
 
@@ -197,3 +221,27 @@ class PausedForwards:
             block.__dict__.pop("forward", None)
             if shadowed is not None:
                 block.__dict__["forward"] = shadowed
+
+
+def _one_copy(given: Mapping[str, Any], first: Mapping[str, Any]) -> list[tuple[Tensor, int]]:
+    """Let tensors that equal those of the first input (rotary tables, masks) share its memory.
+
+    Every paused forward holds its own: 8 MB an input for a mask of 2048 tokens. Returns those that
+    are shared now, with their version: one changed in place would change for all.
+    """
+    shared: list[tuple[Tensor, int]] = []
+    for name, value in given.items():
+        for mine, other in zip(_leaves(value), _leaves(first.get(name)), strict=False):
+            if alike(mine, other):
+                if mine.data_ptr() != other.data_ptr():
+                    mine.set_(other)  # type: ignore[call-overload]
+                shared.append((mine, mine._version))
+    return shared
+
+
+def _leaves(value: Any) -> list[Tensor]:
+    """Tensors in nested tuples and lists; a dict may be state that blocks write into."""
+    if isinstance(value, Tensor):
+        return [value]
+    items = value if type(value) in (tuple, list) else ()
+    return [leaf for item in items for leaf in _leaves(item)]

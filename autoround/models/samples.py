@@ -128,13 +128,18 @@ def _rebuild(value: Any, i: int, n: int) -> Any:
 def _share(value: Any, first: Any) -> Any:
     """`value` with every tensor that equals its counterpart in `first` replaced by that one."""
     if isinstance(value, Tensor):
-        same = (
-            isinstance(first, Tensor) and value.shape == first.shape and value.dtype == first.dtype
-        )
-        return first if same and (value is first or torch.equal(value, first)) else value
+        return first if isinstance(first, Tensor) and alike(value, first) else value
     if type(value) in (tuple, list) and type(first) is type(value) and len(first) == len(value):
         return type(value)(_share(v, f) for v, f in zip(value, first, strict=True))
     return value  # dicts keep their identity: a block may write into them
+
+
+def alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal in shape, dtype and every value."""
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        return False
+    same = a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
+    return a is b or same or torch.equal(a, b)
 
 
 class _Alone(Exception):

@@ -2,6 +2,7 @@
 """One job with Intel's auto-round, in its own environment: MODEL TOKENS OUTPUT CHANGES-AS-JSON."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ def main() -> None:
     model, tokens, output, given = sys.argv[1:]
     ids = load_file(tokens)["ids"]
     tokenizer = AutoTokenizer.from_pretrained(model)
-    started = time.perf_counter()
+    started, before = time.perf_counter(), sum(os.times()[:4])
     job = AutoRound(
         model,
         tokenizer,
@@ -28,10 +29,12 @@ def main() -> None:
     )
     job.quantize_and_save(output, format="auto_round")
     seconds = time.perf_counter() - started
+    cpu = sum(os.times()[:4]) - before  # with the compiler that it starts
     found = next(Path(output).rglob("config.json")).parent
     status = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-    print(json.dumps({"seconds": seconds, "peak": peak, "directory": str(found)}))
+    made = {"seconds": seconds, "cpu": cpu, "peak": peak, "directory": str(found)}
+    print(json.dumps(made))
 
 
 main()

@@ -3,6 +3,7 @@
 
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,8 +25,11 @@ def main() -> None:
         count = min(len(ids), recipe.nsamples)
         recipe = replace(recipe, nsamples=count, seqlen=ids.shape[1])
     source = Source(model, torch.empty(0).device)
+    start, before = peak_bytes(), time.process_time()
     run = quantize(recipe, source, Path(output), dataset=[*ids[: recipe.nsamples]])
-    print(json.dumps({"seconds": run.seconds, "peak": peak_bytes(), "directory": output}))
+    cpu = time.process_time() - before
+    made = {"seconds": run.seconds, "cpu": cpu, "peak": peak_bytes(), "start": start}
+    print(json.dumps(made | {"directory": output}))
 
 
 main()

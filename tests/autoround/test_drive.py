@@ -130,6 +130,40 @@ def test_a_forgotten_output_is_an_error() -> None:
         work()
 
 
+class Tabled(Toy):
+    """Gives every block a table, as rotary models do."""
+
+    def forward(self, x: torch.Tensor, by: float = 0.0) -> torch.Tensor:  # type: ignore[override]
+        table = torch.arange(8.0)
+        for layer in self.layers:
+            x = layer(x, table)
+            if by:
+                table += by
+        return x
+
+
+def test_equal_tables_of_paused_forwards_are_one() -> None:
+    toy = Tabled()
+    with PausedForwards(toy, toy.layers, [{"x": torch.randn(1, 8)}] * 3) as run:
+        for _, calls in run:
+            assert len({call.args[1].data_ptr() for call in calls.values()}) == 1
+            run.resume({i: call.args[0] for i, call in calls.items()})
+
+
+def test_a_table_changed_in_place_is_refused() -> None:
+    toy = Tabled()
+    inputs = [{"x": torch.randn(1, 8), "by": 1.0}] * 3
+
+    def work() -> None:
+        with PausedForwards(toy, toy.layers, inputs) as run:
+            for _, calls in run:
+                run.resume({i: call.args[0] for i, call in calls.items()})
+
+    with pytest.raises(RuntimeError, match="in place"):
+        work()
+    assert alive() == 0
+
+
 # ---- samples --------------------------------------------------------------------------------
 
 

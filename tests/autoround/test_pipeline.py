@@ -236,6 +236,21 @@ def test_two_runs_give_the_same_bytes(
     assert a != c
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_moe"])
+def test_memory_modes_give_the_same_bytes(name: str, saved: Saved, tmp_path: Path) -> None:
+    source = saved(name)
+    for mode in (False, True):
+        small = {"nsamples": 8, "seqlen": 16, "batch_size": 4, "group_size": 32}
+        where = pipeline.Source(source, CPU, low_cpu_mem_usage=mode)
+        pipeline.quantize(
+            build_recipe("autoround", small | {"iters": 2}),
+            where,
+            tmp_path / str(mode),
+            dataset=ROWS,
+        )
+    assert digest(tmp_path / "True") == digest(tmp_path / "False")
+
+
 def test_record_tells_what_was_done(saved: Saved, tmp_path: Path) -> None:
     run = tune(saved("deepseek_v3"), tmp_path / "out")
     record = json.loads((tmp_path / "out/autoround.json").read_text())
