@@ -91,6 +91,13 @@ def test_siblings_do_not_know_each_other() -> None:
             assert not [name for name in imports(path) if name.startswith(others)], where(path)
 
 
+def test_decoders_share_nothing_with_the_packers() -> None:
+    """What proves the files must not be what wrote them."""
+    for path in (ROOT / "autoround/verify/decode.py", ROOT / "autoround/verify/claims.py"):
+        found = {name.split(".")[0] for name in imports(path)}
+        assert found <= {"torch", *sys.stdlib_module_names}, where(path)
+
+
 @pytest.mark.parametrize("package", ["hal", "autoround"])
 def test_importing_is_quiet(package: str) -> None:
     """No thread, no device, no transformers, no native module."""

@@ -18,6 +18,8 @@ def _refuse(module: Module) -> str | None:
         return f"holds 4 bits, not {module.spec.bits}"
     if module.act_order:
         return "columns in activation order"
+    if module.transposed:
+        return "its readers know linear layers, not Conv1D"
     return whole(module)
 
 

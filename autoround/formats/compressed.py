@@ -18,6 +18,8 @@ from hal.layout import pack_stream, unpack_stream
 
 def _refuse_packed(module: Module) -> str | None:
     n, k = module.shape
+    if module.transposed:
+        return "its readers know linear layers, not Conv1D"
     if n % 32 or k % 32:
         return f"[{n}, {k}] is not a multiple of 32 in both directions"
     if k % (module.spec.group or k):

@@ -162,7 +162,7 @@ def gptq_config(contents: Contents, packing: Packing) -> dict[str, Any]:
         pattern = f"^{re.escape(name)}$"
         if scheme.bits == KEEP_BITS:
             dynamic[f"-:{pattern}"] = {}
-        elif scheme != base and contents.inside(name):
+        elif scheme != base:
             dynamic[f"+:{pattern}"] = _fields(scheme)
     config: dict[str, Any] = {
         "quant_method": "gptq",

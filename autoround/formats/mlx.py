@@ -18,6 +18,8 @@ GROUPS = (32, 64, 128)
 #: Experts as checkpoints name them -> as mlx-lm's stacked layers are called.
 EXPERT = re.compile(r"^(.*)\.experts\.(\d+)\.(w[123]|gate_proj|up_proj|down_proj)\b(.*)$")
 ROLES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+#: Families whose checkpoints call them by the short names.
+SHORT = ("mixtral", "phimoe")
 #: Families whose activations leave the range of f16.
 WIDE = ("gemma",)
 
@@ -30,6 +32,8 @@ def _refuse(module: Module) -> str | None:
         return f"group_size {module.scheme.group_size}: holds 32, 64 and 128"
     if module.act_order:
         return "columns in activation order"
+    if module.transposed:
+        return "its readers know linear layers, not Conv1D"
     return (
         f"{k} columns are not a multiple of group_size {module.spec.group}"
         if (k % module.spec.group)
@@ -111,6 +115,15 @@ def place(name: str) -> Place:
         where, index, role, rest = match.groups()
         return Place(f"{where}.switch_mlp.{ROLES.get(role, role)}{rest}", int(index))
     return Place(name)
+
+
+def expert_names(prefix: str, count: int, model_type: str) -> list[str]:
+    """The inverse of `place`: modules that the layer ``...switch_mlp.<role>`` is made of."""
+    where, _, role = prefix.rpartition(".")
+    if model_type in SHORT:
+        role = next((short for short, long in ROLES.items() if long == role), role)
+    experts = where.removesuffix(".switch_mlp") + ".experts"
+    return [f"{experts}.{e}.{role}" for e in range(count)]
 
 
 def cast(dtype: str, contents: Contents) -> str:

@@ -121,7 +121,9 @@ def choose(format: Format, modules: Collection[Module]) -> Packing:
 def _instead(format: Format, modules: Collection[Module]) -> str:
     """Which formats can hold these modules, for an error message."""
     rows = [row.name for row in FORMATS.values() if row is not format and holds(row, modules)]
+    family = format.name.partition(":")[0]
     real = [name for name in rows if not name.startswith("fake")]
+    real.sort(key=lambda name: name.partition(":")[0] != family)  # stable: own family first
     return f"use --format {' or '.join(real[:3])}" if real else "use another scheme"
 
 
