@@ -56,7 +56,11 @@ class AutoRound:
         seqlen: int | None = None,
         batch_size: int | None = None,
         gradient_accumulate_steps: int | None = None,
-        device_map: str | int | None = None,
+        momentum: float | None = None,
+        enable_adam: bool = False,
+        nblocks: int | None = None,
+        to_quant_block_names: str | Iterable[str] | None = None,
+        device_map: str | int | Mapping[str, str | int] | None = None,
         seed: int | None = None,
         low_cpu_mem_usage: bool = False,
         trust_remote_code: bool = False,
@@ -67,7 +71,10 @@ class AutoRound:
             sym = scheme.sym if sym is None else sym
             scheme = "W4A16"
         named = dataset if isinstance(dataset, str) else None
-        ignored = split_names(ignore_layers) if isinstance(ignore_layers, str) else ignore_layers
+        ignored, blocks = (
+            split_names(names) if isinstance(names, str) else names
+            for names in (ignore_layers, to_quant_block_names)
+        )
         self.recipe: Recipe = build_recipe(
             recipe,
             {
@@ -90,6 +97,10 @@ class AutoRound:
                 "seqlen": seqlen,
                 "batch_size": batch_size,
                 "gradient_accumulate_steps": gradient_accumulate_steps,
+                "momentum": momentum,
+                "enable_adam": enable_adam or None,
+                "nblocks": nblocks,
+                "to_quant_block_names": None if blocks is None else tuple(blocks),
                 "seed": seed,
             },
         )

@@ -129,6 +129,22 @@ def quantize(
             "Steps without a better one that end a block.", "--dynamic-max-gap", "--dynamic_max_gap"
         ),
     ] = None,
+    momentum: Annotated[
+        float | None, _option("Share of earlier gradients that a step keeps. [0]")
+    ] = None,
+    enable_adam: Annotated[
+        bool,
+        typer.Option("--enable-adam", "--enable_adam", "--adam", help="Adam instead of signs."),
+    ] = False,
+    nblocks: Annotated[int | None, _option("Blocks tuned jointly: only 1.")] = None,
+    to_quant_block_names: Annotated[
+        str | None,
+        _option(
+            "Blocks or patterns to quantize, comma between. [all]",
+            "--to-quant-block-names",
+            "--to_quant_block_names",
+        ),
+    ] = None,
     seed: Annotated[int | None, _option("Seed of every random choice. [42]")] = None,
     max_shard_size: Annotated[
         str | None, _option("Largest file. [5GB]", "--max-shard-size", "--max_shard_size")
@@ -174,6 +190,10 @@ def quantize(
         "enable_quanted_input": False if disable_quanted_input else None,
         "not_use_best_mse": not_use_best_mse or None,
         "dynamic_max_gap": dynamic_max_gap,
+        "momentum": momentum,
+        "enable_adam": enable_adam or None,
+        "nblocks": nblocks,
+        "to_quant_block_names": split_names(to_quant_block_names),
         "seed": seed,
         "max_shard_size": max_shard_size,
     }

@@ -22,6 +22,8 @@ STEPS_ONLY = (
     "enable_minmax_tuning",
     "not_use_best_mse",
     "dynamic_max_gap",
+    "momentum",
+    "enable_adam",
 )
 #: Choices that only a run with data uses.
 DATA_ONLY = ("dataset", "nsamples", "seqlen", "batch_size", "enable_quanted_input", "seed")
@@ -33,6 +35,12 @@ def build_recipe(name: str | None, changes: Mapping[str, Any]) -> Recipe:
     Without a name: ``rtn`` for ``iters`` 0, ``signround`` where steps or their rates are given,
     else ``autoround``. A choice that would have no effect raises InputError.
     """
+    if changes.get("nblocks") not in (None, 1):
+        raise InputError(
+            f"nblocks={changes['nblocks']}: blocks are tuned one by one here, each on inputs that "
+            "hold all earlier errors and toward the float model's outputs; leave it at 1"
+        )
+    changes = {key: value for key, value in changes.items() if key != "nblocks"}
     if name is None:
         stepwise = any(changes.get(key) is not None for key in ("iters", *STEPS_ONLY))
         name = "rtn" if changes.get("iters") == 0 else "signround" if stepwise else "autoround"
@@ -82,12 +90,35 @@ def split_names(text: str | None) -> tuple[str, ...] | None:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def device_by_name(device_map: str | int | None) -> torch.device:
-    """The device the user named, None = the first. Raises InputError naming what exists here."""
+def device_by_name(device_map: str | int | Mapping[str, str | int] | None) -> torch.device:
+    """The device the user named, None = the first.
+
+    A list (``0,1``) or a map of layers to devices (``{"layers.0": 0}``, ``layers.0:0,layers.1:1``)
+    may name one device only: a block is tuned on one. Raises InputError naming what exists here.
+    """
+    named = _devices_named(device_map)
+    if len(named) > 1:
+        raise InputError(
+            f"device_map names {', '.join(named)}: one device tunes, block by block, so that the "
+            "largest block has to fit it, not the model; name one"
+        )
+    device_map = named[0] if named else None
     try:
         return devices.resolve(device_map)
     except ValueError as error:
         raise InputError(str(error)) from None
+
+
+def _devices_named(device_map: str | int | Mapping[str, str | int] | None) -> list[str]:
+    """The different devices of any known form of ``device_map``."""
+    if device_map is None:
+        return []
+    if isinstance(device_map, Mapping):
+        return list(dict.fromkeys(str(device) for device in device_map.values()))
+    pieces = [piece.strip() for piece in str(device_map).split(",")]
+    # `layer:device`, unlike `cuda:0`, has a dot or nothing that names a device before the colon
+    layers = [re.fullmatch(r"([\w*]*\.[^:]*):(.+)", piece) for piece in pieces]
+    return list(dict.fromkeys(m[2] if m else p for p, m in zip(pieces, layers, strict=True)))
 
 
 def default_output(model: str, scheme: Scheme) -> Path:

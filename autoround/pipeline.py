@@ -2,6 +2,7 @@
 """The block loop: read one block, tune it, write it packed, free it."""
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -41,9 +42,13 @@ from autoround.stages import (
     LayerTask,
     Measure,
     Search,
+    Signed,
     SignRound,
     Stage,
+    Steps,
     WeightedSearch,
+    adam,
+    momentum,
 )
 from autoround.stages.task import hidden
 
@@ -302,7 +307,14 @@ def _signround(recipe: Recipe, on_step: Callable[[int, float], None]) -> SignRou
         trim=lambda bits: 1e-3 if recipe.search and bits < 4 else 0.0,
         keep_last=recipe.not_use_best_mse,
         patience=recipe.dynamic_max_gap,
+        steps=_steps(recipe),
     )
+
+
+def _steps(recipe: Recipe) -> Callable[[], Steps]:
+    if recipe.enable_adam:
+        return adam
+    return functools.partial(momentum, recipe.momentum) if recipe.momentum else Signed
 
 
 def _layer_task(layer: Layer, streamed: StreamedModel) -> LayerTask:

@@ -89,6 +89,7 @@ def make_plan(survey: Survey, recipe: Recipe) -> ModelPlan:
     found, head, kept = survey.blocks, survey.head, dict(survey.kept)
     parts = [part for block in found for view in block for part in view.parts]
     wanted = _assign(recipe, base, parts, head, kept)
+    wanted |= dict.fromkeys(_outside(survey, recipe.to_quant_block_names), Scheme(KEEP_BITS))
     formats = formats_by_names(recipe.format)
     _refuse_schemes(formats, set(wanted.values()))
     views = [*found, (head,)] if head is not None and head.parts[0].module in wanted else [*found]
@@ -119,6 +120,15 @@ def _refuse_schemes(formats: Collection[Format], schemes: Collection[Scheme]) ->
     modules = [module for scheme in schemes if (module := in_any_shape(scheme))]
     for format in formats:
         choose(format, modules)
+
+
+def _outside(survey: Survey, chosen: tuple[str, ...]) -> list[str]:
+    """Modules of the blocks that are not among those chosen (none chosen = all are)."""
+    names = [f"{survey.prefix}.{i}" for i in range(len(survey.blocks))]
+    inside = {name for key in chosen for name in pattern(key, names)} if chosen else set(names)
+    blocks = zip(names, survey.blocks, strict=True)
+    found = [view for name, block in blocks for view in block if name not in inside]
+    return [part.module for view in found for part in view.parts]
 
 
 def _assign(

@@ -45,6 +45,7 @@ class Recipe:
     sym: bool | None = None
     layer_config: Mapping[str, Any] = field(default_factory=dict)
     ignore_layers: tuple[str, ...] = ()
+    to_quant_block_names: tuple[str, ...] = ()
     quant_lm_head: bool = False
     format: str = "auto_round"
     serve: str | None = None
@@ -56,6 +57,8 @@ class Recipe:
     enable_minmax_tuning: bool = True
     not_use_best_mse: bool = False
     dynamic_max_gap: int | None = None
+    momentum: float = 0.0
+    enable_adam: bool = False
     enable_quanted_input: bool = True
     dataset: str | None = None
     nsamples: int = 128
@@ -80,6 +83,10 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name}={value}: give a number of 0 or more")
+        if not 0 <= self.momentum < 1:
+            raise InputError(f"momentum={self.momentum}: give 0 or more, below 1")
+        if self.momentum and self.enable_adam:
+            raise InputError("momentum and enable_adam exclude each other: Adam has its own")
         shard_bytes(self.max_shard_size)
         _ = self.weight_scheme  # unknown names and illegal overrides fail here
 

@@ -5,6 +5,7 @@ from autoround.stages.feedback import Feedback
 from autoround.stages.measure import Kept, Measure
 from autoround.stages.search import Search, WeightedSearch
 from autoround.stages.signround import SignRound
+from autoround.stages.steps import Signed, Steps, adam, momentum
 from autoround.stages.task import BlockTask, LayerTask, Stage
 
 __all__ = [
@@ -15,6 +16,10 @@ __all__ = [
     "Measure",
     "Search",
     "SignRound",
+    "Signed",
     "Stage",
+    "Steps",
     "WeightedSearch",
+    "adam",
+    "momentum",
 ]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import hal
-from autoround.stages.task import BlockTask, LayerTask, chunks
+from autoround.stages.steps import Signed, Steps
+from autoround.stages.task import BlockTask, chunks
 
 #: Keeps small gradients out of the underflow of half precision; signs do not change.
 LOSS_SCALE = 1000.0
@@ -30,7 +31,7 @@ class SignRound:
     ``widest``: how far a range may grow, 1 in the first paper and 2 on a searched range in the
     second. ``trim``: bits -> share of the block's output, where it is worst, that the loss ignores.
     ``keep_last``: the last step's parameters are kept instead. ``patience``: steps without a new
-    best after which the block ends.
+    best after which the block ends. ``steps``: how a step follows the gradient.
     """
 
     iters: int
@@ -44,6 +45,7 @@ class SignRound:
     trim: Callable[[int], float] = lambda bits: 0.0
     keep_last: bool = False
     patience: int | None = None
+    steps: Callable[[], Steps] = Signed
 
     def run(self, task: BlockTask) -> None:
         layers = {name: task.layers[name] for name in task.layers if name not in task.fixed}
@@ -55,7 +57,7 @@ class SignRound:
         best = {name: _copy(layer.ready) for name, layer in layers.items()}
         fake = {name: torch.empty_like(layer.w) for name, layer in layers.items()}
         visits = Cyclic(task.seen, self.batch_size * self.accumulate, self._random(task.index))
-        least, best_at = float("inf"), 0
+        least, best_at, steps = float("inf"), 0, self.steps()
         for t in range(self.iters):
             loss, grads = self._gradients(task, visits.next(), fake)
             self.on_step(t, loss)
@@ -67,7 +69,9 @@ class SignRound:
                 break
             decay = 1 - t / self.iters
             for name, layer in layers.items():
-                self._step(layer, grads[name], decay)
+                bits = layer.spec.bits
+                rates = self.lr(bits) * decay, self.minmax_lr(bits) / self.widest * decay
+                steps.take(layer, grads[name], *rates)
         for name, layer in layers.items():
             _assign(layer.ready, best[name])
 
@@ -95,17 +99,6 @@ class SignRound:
                 for name, grad in zip(weights, found, strict=True):
                     grads[name] = grads[name] + grad if grads[name].numel() else grad
         return total, grads
-
-    def _step(self, layer: LayerTask, grad: Tensor, decay: float) -> None:
-        bits = layer.spec.bits
-        hal.qdq_step_(
-            layer.ready,
-            layer.w,
-            grad.contiguous(),
-            layer.spec,
-            lr_v=self.lr(bits) * decay,
-            lr_range=self.minmax_lr(bits) / self.widest * decay,
-        )
 
 
 class Cyclic:

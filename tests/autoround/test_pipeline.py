@@ -368,6 +368,33 @@ def test_row_narrower_than_a_group(saved: Saved, tmp_path: Path) -> None:
         oracle.assert_nearest(d, w.numpy(), 4, True)
 
 
+@pytest.mark.parametrize("chosen", ["layers.1", r"layers\.[1]$", "model.layers.1"])
+@pytest.mark.parametrize("run", [rtn, tune])
+def test_chosen_blocks(run: Any, chosen: str, saved: Saved, tmp_path: Path) -> None:
+    made = run(saved("llama"), tmp_path / "o", to_quant_block_names=(chosen,))
+    fates = made.plan.fates
+    quantized = {key for key, fate in fates.items() if fate.startswith("quantized")}
+    assert len(quantized) == 7
+    assert all(".layers.1." in key for key in quantized)
+    assert fates["model.layers.0.mlp.up_proj.weight"] == "copied: asked for"
+
+
+def test_chosen_blocks_that_are_not_there(saved: Saved, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"'visual' matches no layer; .*'model.layers.0'"):
+        rtn(saved("llama"), tmp_path / "o", to_quant_block_names=("visual",))
+
+
+@pytest.mark.parametrize("change", [{"momentum": 0.9}, {"enable_adam": True}])
+def test_steps_with_a_memory_end_elsewhere(
+    change: dict[str, Any], saved: Saved, tmp_path: Path
+) -> None:
+    longer = {"bits": 2, "iters": 16, "lr": 0.02}
+    plain = tune(saved("llama"), tmp_path / "plain", **longer)
+    other = tune(saved("llama"), tmp_path / "other", **longer, **change)
+    assert other.blocks[0].loss < other.blocks[0].loss_rtn
+    assert other.blocks[0].loss != plain.blocks[0].loss
+
+
 def test_nothing_to_quantize(saved: Saved, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no layer would be quantized \(asked for\)"):
         rtn(saved("llama"), tmp_path / "out", ignore_layers=("layers",))

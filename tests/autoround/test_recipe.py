@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from autoround.errors import InputError
 from autoround.options import (
@@ -14,6 +15,7 @@ from autoround.options import (
     STEPS_ONLY,
     build_recipe,
     default_output,
+    device_by_name,
     parse_layer_config,
     split_names,
 )
@@ -88,6 +90,8 @@ def test_scheme_objects_in_layer_config_reach_the_json() -> None:
         ({"batch_size": 0}, "batch_size=0"),
         ({"gradient_accumulate_steps": 0}, "gradient_accumulate_steps=0"),
         ({"dynamic_max_gap": 0}, "dynamic_max_gap=0: give 1 or more"),
+        ({"momentum": 1.0}, "momentum=1.0: give 0 or more, below 1"),
+        ({"momentum": 0.5, "enable_adam": True}, "momentum and enable_adam exclude each other"),
         ({"lr": math.nan}, "lr=nan"),
         ({"lr": math.inf}, "lr=inf"),
         ({"lr": -1e-3}, "lr=-0.001: give a number of 0 or more"),
@@ -132,6 +136,8 @@ GIVEN: dict[str, Any] = {
     "enable_minmax_tuning": False,
     "not_use_best_mse": True,
     "dynamic_max_gap": 5,
+    "momentum": 0.9,
+    "enable_adam": True,
     "enable_quanted_input": False,
     "seed": 1,
 }
@@ -219,3 +225,25 @@ def test_split_names(text: str | None, names: tuple[str, ...] | None) -> None:
 )
 def test_default_output(scheme: Scheme, name: str) -> None:
     assert default_output("/some/where/m", scheme) == Path(name)
+
+
+def test_blocks_are_tuned_one_by_one() -> None:
+    assert build_recipe(None, {"nblocks": 1}) == build_recipe(None, {})
+    with pytest.raises(InputError, match="nblocks=2: blocks are tuned one by one"):
+        build_recipe(None, {"nblocks": 2})
+
+
+@pytest.mark.parametrize(
+    "form",
+    [None, "auto", "cpu", 0, "0", "cpu,cpu", {"": "cpu"}, {"a.b": 0, "c": 0}, "a.b:cpu,c.*:cpu"],
+)
+def test_forms_of_a_device_map(form: Any) -> None:
+    if torch.accelerator.is_available():
+        pytest.skip("the first device is an accelerator here")
+    assert device_by_name(form) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("form", ["0,1", {"layers.0": 0, "layers.1": "cpu"}, "a.b:0,c.d:1"])
+def test_several_devices_are_refused(form: Any) -> None:
+    with pytest.raises(InputError, match="one device tunes, block by block"):
+        device_by_name(form)

@@ -27,6 +27,7 @@ from autoround.scheme import Scheme
 from autoround.stages import BlockTask, LayerTask, Measure, Search, SignRound, WeightedSearch
 from autoround.stages.search import filled
 from autoround.stages.signround import Cyclic
+from autoround.stages.steps import adam, momentum
 
 PGDOC = Path(__file__).parents[2] / "benchmarks/models/pgdoc"
 H, INNER, ROWS, COUNT = 32, 64, 6, 12
@@ -199,6 +200,47 @@ def test_equal_to_autograd(scheme: Scheme) -> None:
         # Equal up to the f32 rounding of the straight-through sums, except for such elements.
         differs = (ours - theirs).abs() > 1e-5 * step * 2**scheme.bits
         assert (differs & ~reached).sum() <= max(1, open_signs * differs.numel())
+
+
+STEPS: dict[str, tuple[Any, Any]] = {
+    "adam": (adam, lambda leaf: torch.optim.Adam([leaf], lr=0.01)),
+    "momentum": (lambda: momentum(0.9), lambda leaf: torch.optim.SGD([leaf], 0.01, momentum=0.9)),
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("kind", STEPS)
+def test_remembering_steps_equal_torch_optim(kind: str, scheme: Scheme) -> None:
+    """Five steps against torch's own optimizer on autograd's gradients, momentum by its signs."""
+    ours, theirs = STEPS[kind]
+    torch.manual_seed(3)
+    assert scheme.spec is not None
+    w = torch.randn(16, 64)
+    layer = LayerTask(scheme.spec, w, lambda m: m)
+    p = hal.search(w, scheme.spec)
+    layer.params = hal.Params(torch.zeros_like(w), p.lo, p.hi, p.amin, p.amax)
+    wrapped, steps = Wrapped(w, scheme), ours()
+    optimizers = [theirs(leaf) for leaf in wrapped.leaves]
+    for _ in range(5):
+        grad = torch.randn_like(w)
+        wrapped().backward(grad)
+        steps.take(layer, grad, 0.01, 0.01)
+        for leaf, optimizer in zip(wrapped.leaves, optimizers, strict=True):
+            before = leaf.detach().clone()
+            optimizer.step()
+            with torch.no_grad():
+                if kind == "momentum":
+                    leaf.copy_(before + 0.01 * (leaf - before).sign())
+            leaf.grad = None
+        with torch.no_grad():
+            wrapped.alpha.clamp_(0, 1)
+            wrapped.beta.clamp_(0, 1)
+    for mine, leaf in zip(
+        (layer.ready.v, layer.ready.lo, layer.ready.hi), wrapped.leaves, strict=True
+    ):
+        close = (mine - leaf).abs() < 1e-4
+        assert close.float().mean() > 0.97  # a sum that cancels may fall either way
+        assert (mine - 1).abs().max() > 0.005
 
 
 def test_first_step_and_decay() -> None:
