@@ -33,10 +33,11 @@ TRANSFORMERS = "transformers==5.23.0"
 #: Peer -> its environment, made under PEERS on first use.
 ENVIRONMENTS: dict[str, Environment] = {
     # The peers that compute products. Without the flags GCC 12 drops stores to a tile configuration
-    # that ggml hands to its ldtilecfg macro, and the first product on AMX ends the process.
+    # that ggml hands to its ldtilecfg macro, and the first product on AMX ends the process; pip's
+    # cache would hand out a wheel that was built without them.
     "kernels": Environment(
         (TORCH, ("auto-round-lib==0.16.0",), ("gguf==0.19.0",), ("safetensors==0.8.0",),
-         ("llama-cpp-python==0.3.36",)),
+         ("--no-cache-dir", "llama-cpp-python==0.3.36")),
         {"CMAKE_ARGS": "-DLLAVA_BUILD=OFF -DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'"},
     ),
     "auto-round": Environment((TORCH, ("auto-round==0.16.1", TRANSFORMERS))),

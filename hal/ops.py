@@ -255,6 +255,10 @@ def qgemm_grouped(x: Tensor, w: Weight, offsets: Tensor) -> Tensor:
         raise ValueError(f"x must be {w.dtype} [T, {k}] on {w.device}, not {_describe(x)}")
     if offsets.shape != (w.experts + 1,) or offsets.dtype != torch.int32:
         raise ValueError(f"offsets must be i32 [{w.experts + 1}], not {_describe(offsets)}")
+    if w.experts == 1:  # prepared as any other weight
+        if (ends := offsets.tolist()) != [0, x.shape[0]]:
+            raise ValueError(f"offsets must rise from 0 to {x.shape[0]}, not {ends}")
+        return qgemm(x, w)
     out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
     if out.numel():
         if w.perm is not None:
