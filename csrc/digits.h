@@ -6,7 +6,7 @@ namespace {
 
 // One with a scale per group (fast); else as many as hold a fixed point number of 22 bits and a sign,
 // for f32 of 30.
-HAL_INLINE int digits_of(const HalGemm& a) { return a.fast ? 1 : a.w.s.dtype == HAL_F32 ? 4 : 3; }
+HAL_INLINE int digits_of(const HalGemm& a) { return a.way == HAL_FAST ? 1 : a.w.s.dtype == HAL_F32 ? 4 : 3; }
 
 HAL_INLINE uint16_t bits_of(uint16_t x) { return x; }
 HAL_INLINE uint32_t bits_of(float x) { return bits_as<uint32_t>(x); }

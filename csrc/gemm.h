@@ -239,9 +239,9 @@ HAL_INLINE void finish(const HalGemm& a, int64_t tile, int64_t row, int64_t rows
 struct Path {
   void (*block)(const HalGemm&, int64_t tile, int64_t row, int64_t rows, float* sums);
   void (*prepare)(const HalGemm&, int64_t row, int64_t end);
-  int64_t (*prepared)(const HalGemm&);  // bytes
-  void (*begin)();  // before the first block of a thread, may be null
-  void (*end)();    // after the last
+  int64_t (*prepared)(const HalGemm&);                                    // bytes
+  void (*end)() = nullptr;                                                // after the last block
+  void (*tiles)(const HalGemm&, int64_t tile, int64_t end) = nullptr;  // instead of blocks
 };
 
 static Path path_of(const HalGemm& a);
@@ -253,9 +253,9 @@ static void prepare_rows(const HalGemm* a, int64_t row, int64_t end) {
 }
 
 static void gemm_tiles(const HalGemm* a, int64_t tile, int64_t end) {
-  alignas(64) float sums[M_BLOCK * TILE + 16];  // finish reads up to 15 past the last row
   const Path path = path_of(*a);
-  if (path.begin) path.begin();
+  if (path.tiles) return path.tiles(*a, tile, end);
+  alignas(64) float sums[M_BLOCK * TILE + 16];  // finish reads up to 15 past the last row
   // Rows outside: a block of x stays in L2 while the tiles pass by.
   for (int64_t row = 0; row < a->m; row += M_BLOCK) {
     for (int64_t i = tile; i < end; i++) {
@@ -270,32 +270,6 @@ static void gemm_tiles(const HalGemm* a, int64_t tile, int64_t end) {
   if (path.end) path.end();
 }
 
-// ---- slab: the dequantized weight with columns = rows of w, for a BLAS
-
-static void slab_tiles(const HalSlab* a, int64_t tile, int64_t end) {
-  const HalTiles& w = a->w;
-  by_dtype(w.s.dtype, [&](auto dtype) __attribute__((always_inline)) {
-    constexpr int F = decltype(dtype)::value;
-    for (int64_t i = tile; i < end; i++) {
-      for (int64_t g = 0; g < w.s.groups; g++) {
-        const int64_t inputs = group_inputs(w.s, g);
-        for (int64_t k = 0; k < inputs; k += 8) {
-          alignas(64) float t[8 * TILE];
-          decode_f32(w, i, g, group_start(w.s, g) + k, 8, t);
-          Stored<F>* out = (Stored<F>*)a->out + (g * w.s.width + k) * a->ld + (i - a->first) * TILE;
-          for (int v = 0; v < 4; v++) {
-            const vf scale = scale_of(w, i, g, v);
-            for (int64_t j = 0; j < 8 && k + j < inputs; j++) {
-              const vf x = load<HAL_F32>(t + j * TILE + 16 * v);
-              store<F>(out + j * a->ld + 16 * v, mul(scale, x));
-            }
-          }
-        }
-      }
-    }
-  });
-}
-
 }  // namespace
 
 #if HAL_LEVEL == HAL_LEVEL_AVX2 || defined(__ARM_FEATURE_DOTPROD)
@@ -308,10 +282,10 @@ namespace {
 
 static Path path_of(const HalGemm& a) {
 #if HAL_LEVEL == HAL_LEVEL_AVX2 || defined(__ARM_FEATURE_DOTPROD)
-  if ((a.fast || a.m <= DOT_ROWS) && sums_fit(a.w.s)) return dot_path(a);
+  if ((a.way == HAL_FAST || a.m <= DOT_ROWS) && sums_fit(a.w.s)) return dot_path(a);
 #endif
   (void)a;
-  return {block_f32, prepare_f32, size_f32, nullptr, nullptr};
+  return {block_f32, prepare_f32, size_f32};
 }
 
 }  // namespace

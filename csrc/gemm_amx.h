@@ -368,7 +368,7 @@ static Path digits_amx(const HalGemm& a) {
 }
 
 static Path bf16_amx(const HalGemm& a) {
-  Path path = {nullptr, prepare_bf16<TileX>, size_bf16<TileX>, nullptr, end_amx};
+  Path path = {nullptr, prepare_bf16<TileX>, size_bf16<TileX>, end_amx};
   by_bits(a.w.s.bits, [&](auto bits) {
     constexpr int B = decltype(bits)::value;
     const int pieces = TileX::pieces(a);

@@ -123,28 +123,30 @@ HAL_INLINE Columns columns_of(const HalTiles& w, int64_t tile, int64_t g) {
 #endif
 #if HAL_LEVEL == HAL_LEVEL_AMX
 #include "gemm_amx.h"
+#include "gemm_panel.h"
 #endif
 
 namespace {
 
 static Path path_of(const HalGemm& a) {
 #if HAL_LEVEL == HAL_LEVEL_AMX
+  if (a.way == HAL_ROUNDED) return panel_path(a);
   // Up to three digits the vector units keep up with the memory (0.29 ms of 4096 x 4096 in 4 bits, where
   // tiles take 0.31, groups of 32 0.32 and 0.53); few rows of digits cost less unpacking than bf16.
   if (a.m == 1 || a.m * digits_of(a) <= 3) return digits_path<VectorProduct, RowDigits>(a);
-  if (a.fast || a.m <= (a.w.s.bits > 5 ? 10 : 5)) return digits_amx(a);
+  if (a.way == HAL_FAST || a.m <= (a.w.s.bits > 5 ? 10 : 5)) return digits_amx(a);
   return bf16_amx(a);
 #elif HAL_LEVEL == HAL_LEVEL_AVX512VNNI
-  if (a.fast || a.m <= FEW) return digits_path<VectorProduct, RowDigits>(a);
+  if (a.way == HAL_FAST || a.m <= FEW) return digits_path<VectorProduct, RowDigits>(a);
 #else
-  if (a.m <= FEW && a.w.s.bits == 4) return {few_f32, prepare_f32, size_f32, nullptr, nullptr};
+  if (a.m <= FEW && a.w.s.bits == 4) return {few_f32, prepare_f32, size_f32};
 #endif
 #if HAL_LEVEL == HAL_LEVEL_AVX512VNNI
   if (a.w.s.dtype == HAL_BF16) {
-    return {block_bf16, prepare_bf16<RowX>, size_bf16<RowX>, nullptr, nullptr};
+    return {block_bf16, prepare_bf16<RowX>, size_bf16<RowX>};
   }
 #endif
-  return {block_f32, prepare_f32, size_f32, nullptr, nullptr};
+  return {block_f32, prepare_f32, size_f32};
 }
 
 }  // namespace

@@ -198,7 +198,7 @@ static void prepare_dot(const HalGemm& a, int64_t row, int64_t end) {
     constexpr int F = decltype(dtype)::value;
     for (int64_t r = row; r < end; r++) {
       for (int64_t g = 0; g < a.w.s.groups; g++) {
-        if (a.fast) prepare_group<F, 1>(a, to, r, g);
+        if (a.way == HAL_FAST) prepare_group<F, 1>(a, to, r, g);
         else prepare_group<F, F == HAL_F32 ? 4 : 3>(a, to, r, g);
       }
     }
@@ -297,7 +297,7 @@ struct DotProduct {
 };
 
 static Path dot_path(const HalGemm& a) {
-  return {digits_block<DotProduct>(a), prepare_dot, size_dot, nullptr, nullptr};
+  return {digits_block<DotProduct>(a), prepare_dot, size_dot};
 }
 
 }  // namespace

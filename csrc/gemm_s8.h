@@ -100,7 +100,7 @@ static void prepare_digits(const HalGemm& a, int64_t row, int64_t end) {
   by_dtype(a.w.s.dtype, [&](auto dtype) __attribute__((always_inline)) {
     constexpr int F = decltype(dtype)::value, P = F == HAL_F32 ? 4 : 3;
     for (int64_t r = row; r < end; r++) {
-      if (a.fast) prepare_row<Place, 1, F>(a, to, r);
+      if (a.way == HAL_FAST) prepare_row<Place, 1, F>(a, to, r);
       else prepare_row<Place, P, F>(a, to, r);
     }
   });
@@ -213,7 +213,7 @@ struct VectorProduct {
 
 template <template <int, int> class Products, class Place>
 static Path digits_path(const HalGemm& a) {
-  return {digits_block<Products>(a), prepare_digits<Place>, size_digits<Place>, nullptr, nullptr};
+  return {digits_block<Products>(a), prepare_digits<Place>, size_digits<Place>};
 }
 
 }  // namespace

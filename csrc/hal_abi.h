@@ -9,6 +9,9 @@
 
 enum HalFloat { HAL_F32 = 0, HAL_BF16 = 1, HAL_F16 = 2 };
 enum HalLayout { HAL_GPTQ = 0, HAL_AWQ = 1, HAL_STREAM = 2 };
+// How to multiply: codes as they are; with activations as s8 codes per group of the weight; with the
+// weight rounded to bf16, scales and all.
+enum HalWay { HAL_EXACT = 0, HAL_FAST = 1, HAL_ROUNDED = 2 };
 
 // An encoded [n, k] matrix: hal.Spec as numbers. `width`: columns of a full group; `least`: the
 // smallest |scale|, already rounded to the scale's storage dtype.
@@ -96,15 +99,7 @@ struct HalGemm {
   int32_t bias_dtype;
   void* out;  // [m, ldo], dtype s.dtype
   int64_t ldo;
-  int32_t fast;  // activations as s8 codes per group of w; from avx512vnni on
-};
-
-// Tiles to a dense [kp, ld] slab, for a BLAS: column j of the slab is row `first + j`.
-struct HalSlab {
-  HalTiles w;
-  int64_t first;
-  void* out;  // s.dtype
-  int64_t ld;
+  int32_t way;  // HAL_ROUNDED: x bf16, on AMX
 };
 
 // Rows x [., k] += more (where given), then their root mean square norm, times weight [k].
@@ -158,7 +153,6 @@ struct HalTable {
   void (*unpack)(const HalRepack*, int64_t block, int64_t end);  // blocks of 32 columns
   void (*tile)(const HalTiles*, const HalPlain*, int64_t tile, int64_t end);
   void (*untile)(const HalTiles*, const HalPlain*, int64_t tile, int64_t end);
-  void (*slab)(const HalSlab*, int64_t tile, int64_t end);  // tiles of the slab
   int64_t (*prepared_bytes)(const HalGemm*);
   void (*prepare_x)(const HalGemm*, int64_t row, int64_t end);
   void (*gemm)(const HalGemm*, int64_t tile, int64_t end);  // tiles that overlap first .. first + n

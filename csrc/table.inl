@@ -22,7 +22,6 @@ extern const HalTable HAL_SYMBOL(HAL_TABLE_NAME) = {
     unpack_blocks,
     tile_tiles,
     untile_tiles,
-    slab_tiles,
     prepared_size,
     prepare_rows,
     gemm_tiles,

@@ -105,9 +105,17 @@ class Tiles:
     def fill(self, isa: int, codes: int, scale: int, zero: int, threads: int, /) -> None: ...
     def read(self, isa: int, codes: int, scale: int, zero: int, threads: int, /) -> None: ...
     def gemm(
-        self, isa: int, x: int, m: int, bias: int, bias_dtype: int, out: int, threads: int, /
+        self,
+        isa: int,
+        x: int,
+        m: int,
+        bias: int,
+        bias_dtype: int,
+        out: int,
+        threads: int,
+        way: int,
+        /,
     ) -> None: ...
     def gemm_grouped(
-        self, isa: int, x: int, offsets: int, experts: int, out: int, threads: int, /
+        self, isa: int, x: int, offsets: int, experts: int, out: int, threads: int, way: int, /
     ) -> None: ...
-    def slab(self, isa: int, tile: int, end: int, out: int, threads: int, /) -> None: ...

@@ -15,7 +15,7 @@ from hal.registry import Case, Kernel, select
 from hal.spec import Act, Spec
 
 #: M buckets asked at prepare; the kernel of a bucket serves all M up to it, the last one any M.
-PLANNED = (4, 8, 64, 256, 512, 1024)
+PLANNED = (4, 8, 16, 64, 128, 256, 512, 1024)
 
 
 _tokens = count()

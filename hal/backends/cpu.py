@@ -235,16 +235,24 @@ def _bound(weight: Weight) -> tuple[Any, int]:
     return handle
 
 
-def _qgemm(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, fast: bool = False) -> None:
+EXACT, FAST, ROUNDED = range(3)  # HalWay
+
+
+def _qgemm(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, way: int = EXACT) -> None:
     tiles, level = _bound(weight)
     bias = None if bias is None else bias.contiguous()
     at, dtype = (0, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype])
     threads = torch.get_num_threads()
-    tiles.gemm(level, x.data_ptr(), x.shape[0], at, dtype, out.data_ptr(), threads, fast)
+    tiles.gemm(level, x.data_ptr(), x.shape[0], at, dtype, out.data_ptr(), threads, way)
 
 
 def _qgemm_fast(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor) -> None:
-    _qgemm(x, weight, bias, out, fast=True)
+    _qgemm(x, weight, bias, out, FAST)
+
+
+def _qgemm_rounded(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor) -> None:
+    """The weight rounded to bf16 on the way, scales and all, as a dense model would hold it."""
+    _qgemm(x, weight, bias, out, ROUNDED)
 
 
 #: Most rows of products with 8-bit activations. AMX: 1.6 to 1.1 times as fast as exact ones from
@@ -272,7 +280,7 @@ def _fast(case: Case) -> str | None:
 
 
 def _qgemm_grouped(
-    x: Tensor, weight: Weight, offsets: Tensor, out: Tensor, fast: bool = False
+    x: Tensor, weight: Weight, offsets: Tensor, out: Tensor, way: int = EXACT
 ) -> None:
     tiles, level = _bound(weight)
     offsets = offsets.contiguous()
@@ -280,47 +288,23 @@ def _qgemm_grouped(
     if ends[0] != 0 or ends[-1] != x.shape[0] or sorted(ends) != ends:
         raise ValueError(f"offsets must rise from 0 to {x.shape[0]}, not {ends}")
     args = (x.data_ptr(), offsets.data_ptr(), weight.experts, out.data_ptr())
-    tiles.gemm_grouped(level, *args, torch.get_num_threads(), fast)
+    tiles.gemm_grouped(level, *args, torch.get_num_threads(), way)
 
 
 def _qgemm_grouped_fast(x: Tensor, weight: Weight, offsets: Tensor, out: Tensor) -> None:
-    _qgemm_grouped(x, weight, offsets, out, fast=True)
-
-
-SLAB = 1024  # output columns at once: 8 MB of bf16 at K = 4096, which malloc keeps and L2/L3 holds
-
-
-def _qgemm_slab(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor) -> None:
-    """Many rows: dequantize columns into a slab and let torch multiply."""
-    tiles, level = _bound(weight)
-    (n, k), threads = weight.shape, torch.get_num_threads()
-    bias = None if bias is None else bias.to(x.dtype)
-    for start in range(0, n, SLAB):
-        stop = min(start + SLAB, n)
-        first, end = start // TILE, -(-stop // TILE)
-        slab = torch.empty(k, (end - first) * TILE, dtype=x.dtype)
-        tiles.slab(level, first, end, slab.data_ptr(), threads)
-        w, y = slab[:, : stop - start], out[:, start:stop]
-        if bias is None:
-            torch.mm(x, w, out=y)
-        else:
-            torch.addmm(bias[start:stop], x, w, out=y)
+    _qgemm_grouped(x, weight, offsets, out, FAST)
 
 
 def _many_rows(case: Case) -> str | None:
-    """Where scaling the sums of many small groups costs more than rounding the weight to bf16.
+    """Where exact products are no faster than torch's dense one.
 
-    Fractions of torch's dense product, 4096 x 4096, one thread, slab and cpu.qgemm: groups of 32
-    .78 and .72 at m = 512, .81 and .58 at 1024; of 64 .49 and .86, .83 and .75; of 128 .81 and 1.00
-    at 1024 (8 bits .82 and .83), .91 and .93 at 2048. Elsewhere torch's half precision may not be
-    vectorized at all.
+    Times as fast as that, 4096 x 4096, 4 bits, one thread, exact and rounded: groups of 16 .89 and
+    1.39 at m = 32; of 32 1.20 and 1.23 at 64, .95 and 1.41 at 128; of 64 1.16 and 1.50 at 256, .99
+    and 1.37 at 512; of 128 1.21 and 1.40 at 512, 1.01 and 1.20 at 1024 (8 bits .85 and 1.13).
     """
     if case.dtype != torch.bfloat16 or isas()[isa()] != "amx":
-        return "not bf16 on AMX: torch's matrix product is no faster"
-    width = case.spec.width(case.k)
-    if width >= 128:
-        return f"groups of {width}: cpu.qgemm is as fast and exact"
-    most = 256 if width < 64 else 512
+        return "not bf16 on AMX: nothing is gained"
+    most = min(max(16, case.spec.width(case.k) ** 2 // 16), 512)
     return None if case.m > most else f"m <= {most}: cpu.qgemm is as fast and exact"
 
 
@@ -385,7 +369,7 @@ KERNELS = (
     Kernel("cpu.pack", "pack", _pack, _file_layout),
     Kernel("cpu.unpack", "unpack", _unpack, _file_layout),
     Kernel("cpu.qgemm_fast", "qgemm", _qgemm_fast, _fast, "cpu.tiles"),
-    Kernel("cpu.qgemm_slab", "qgemm", _qgemm_slab, _many_rows, "cpu.tiles"),
+    Kernel("cpu.qgemm_rounded", "qgemm", _qgemm_rounded, _many_rows, "cpu.tiles"),
     Kernel("cpu.qgemm", "qgemm", _qgemm, layout="cpu.tiles"),
     Kernel("cpu.qgemm_grouped_fast", "qgemm_grouped", _qgemm_grouped_fast, _fast, "cpu.tiles"),
     Kernel("cpu.qgemm_grouped", "qgemm_grouped", _qgemm_grouped, layout="cpu.tiles"),

@@ -323,7 +323,7 @@ def tuned_and_multiplied(threads: int) -> list[torch.Tensor]:
         found = hal.search(w, spec, grid=8)
         q = hal.quantize(w, p, spec)
         ready = hal.prepare(q, dtype=torch.bfloat16)
-        products = [hal.qgemm(weights(m, 1024, m).bfloat16(), ready) for m in (1, 9, 100)]
+        products = [hal.qgemm(weights(m, 1024, m).bfloat16(), ready) for m in (1, 9, 100, 600)]
         hal.qdq_step_(p, w, weights(512, 1024, 3), spec, lr_v=0.01, lr_range=0.01)
         assert p.v is not None
         tuned = [p.v, p.lo, p.hi, found.amin, hal.qdq(w, p, spec)]

@@ -93,7 +93,7 @@ struct Runner {
   }
 
   // |scale| and so on of what was quantized; x [m, k] times it against f64.
-  void multiply(const HalTiles& tiles, const HalPlain& p, int64_t m, bool fast, Random& r) const {
+  void multiply(const HalTiles& tiles, const HalPlain& p, int64_t m, int32_t way, Random& r) const {
     const HalShape& s = c.s;
     const Bytes x = numbers(r, m * s.k, s.dtype);
     Bytes out((size_t)(m * s.n) * 4 + 64, 0xa5);
@@ -104,7 +104,7 @@ struct Runner {
     a.x = x.data();
     a.out = out.data();
     a.ldo = s.n;
-    a.fast = fast;
+    a.way = way;
     Bytes prepared((size_t)t.prepared_bytes(&a) + 64);
     a.prepared = (void*)(((uintptr_t)prepared.data() + 63) & ~(uintptr_t)63);
     t.prepare_x(&a, 0, m);
@@ -124,7 +124,7 @@ struct Runner {
         size += want * want;
       }
     }
-    printf("%s %s-m%d %s %.3g\n", t.name, fast ? "fast" : "gemm", (int)m, c.name,
+    printf("%s %s-m%d %s %.3g\n", t.name, way == HAL_FAST ? "fast" : "gemm", (int)m, c.name,
            sqrt(wrong / size));
   }
 
@@ -197,8 +197,8 @@ struct Runner {
     t.untile(&tiles, &again, 0, tiles.tiles);
     printf("%s tiles-back %s %d\n", t.name, c.name, !memcmp(back.data(), codes.data(), size));
     const int64_t ms[] = {1, 2, 4, 9};
-    for (const int64_t m : ms) multiply(tiles, p, m, false, r);
-    for (int64_t m = 1; m < 5; m++) multiply(tiles, p, m, true, r);
+    for (const int64_t m : ms) multiply(tiles, p, m, HAL_EXACT, r);
+    for (int64_t m = 1; m < 5; m++) multiply(tiles, p, m, HAL_FAST, r);
   }
 };
 
