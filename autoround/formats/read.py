@@ -288,9 +288,16 @@ class Quantized:
             raise InputError(
                 f"{self.path / RECORD} does not describe the weights ({error!r}); make the run anew"
             ) from None
-        modules = {module.key: module for module in self.recorded.values()}
+        modules = {module.key: self._measured(module) for module in self.recorded.values()}
         config = float_config(self.config)
         return Contents(self.path, config, tensors, modules, schemes, base, blocks)
+
+    def _measured(self, module: Module) -> Module:
+        """With the least of its zero levels, which was not known when the run was planned."""
+        zero = f"{module.name}.zero"
+        if zero not in self.checkpoint.entries:
+            return module
+        return replace(module, least_zero=int(self.checkpoint.get(zero).min()))
 
 
 def float_config(config: Mapping[str, Any]) -> dict[str, Any]:
