@@ -21,6 +21,13 @@ def export(
     ``output`` None = below the run, a directory of each format's name; else as `quantize` lays it
     out. Raises InputError before any work where a format cannot hold the run.
     """
+    return prove(write(run, formats, output, max_shard), run)
+
+
+def write(
+    run: str | Path, formats: Sequence[Format], output: str | Path | None, max_shard: int
+) -> list[Path]:
+    """`export` without the proof; the directories."""
     found = Path(run) if Path(run).name == OWN else Path(run) / OWN
     if not (found / "config.json").is_file():
         raise InputError(
@@ -48,7 +55,7 @@ def convert(
     contents = files.contents()
     targets = [target(format, contents) for format in formats]
     record = {"autoround": VERSION, "converted_from": files.dialect.name}
-    return _write(files, targets, Path(output), max_shard, record)
+    return prove(_write(files, targets, Path(output), max_shard, record), source)
 
 
 def _write(
@@ -57,8 +64,8 @@ def _write(
     output: Path,
     max_shard: int,
     record: Mapping[str, Any],
-) -> list[Verdict]:
-    """Every tensor of the source once, into all targets; then read back and compared."""
+) -> list[Path]:
+    """Every tensor of the source once, into all targets."""
     contents, directories = targets[0].contents, places(targets, output)
     for directory in directories:
         check_output(directory)
@@ -72,4 +79,4 @@ def _write(
                 else:
                     artefact.keep(key, files.checkpoint.get(key))
         artefact.describe(record)
-    return prove(directories, files.path)
+    return directories

@@ -7,7 +7,7 @@ import torch
 
 import hal
 from autoround.formats.contents import Contents, Module
-from autoround.formats.row import Packing, Parts, Shapes
+from autoround.formats.row import Packing, Parts, Shapes, furthest
 from autoround.formats.sink import FLOATS, TORCH
 from hal import QTensor
 
@@ -20,14 +20,13 @@ def _stored(dtype: torch.dtype | None, module: Module, contents: Contents) -> Sh
 
 def _pack(dtype: torch.dtype | None, q: QTensor, module: Module, contents: Contents) -> Parts:
     own = TORCH[contents.tensors[module.key].dtype]
-    w = hal.dequantize(q, dtype=torch.float32).to(dtype or own)
+    w = hal.dequantize(q, dtype=dtype or own)
     return {"weight": w.t().contiguous() if module.transposed else w}
 
 
 def _loss(q: QTensor, parts: Parts) -> float:
-    exact = hal.dequantize(q, dtype=torch.float32)
-    w = parts["weight"].float()
-    return float(((w if w.shape == exact.shape else w.t()) - exact).abs().max())
+    w = parts["weight"]
+    return furthest(w if w.shape == q.shape else w.t(), hal.dequantize(q, dtype=torch.float32))
 
 
 OWN = Packing(

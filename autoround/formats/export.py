@@ -8,12 +8,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from autoround.errors import InputError
 from autoround.formats.contents import Contents, Module, Stored
-from autoround.formats.row import Format, Packing, Parts
+from autoround.formats.row import Format, Packing, Parts, furthest
 from autoround.formats.sink import DTYPES, TORCH, ShardSink
 from autoround.formats.table import choose
 from autoround.header import BITS
@@ -125,8 +124,7 @@ class Export:
         wanted = self.target.format.cast(dtype, self.target.contents)
         if wanted != dtype:
             given, raw = raw, raw.to(TORCH[wanted])
-            if not torch.equal(raw.to(given.dtype), given):
-                self._lost(key, float((raw.double() - given.double()).abs().max()))
+            self._lost(key, furthest(raw, given))
         self._sink.put_bytes(place.name, raw.contiguous(), place.index or 0)
 
     def _lost(self, name: str, error: float) -> None:

@@ -12,6 +12,8 @@ from autoround.formats.contents import Contents, Module
 from hal import QTensor
 from hal.spec import SCALES
 
+#: Elements compared at once.
+PIECE = 1 << 22
 Parts = dict[str, Tensor]
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -32,6 +34,13 @@ def scale_name(scale: Tensor) -> str:
         if dtype == scale.dtype:
             return name
     raise ValueError(f"scales in {scale.dtype}")
+
+
+def furthest(a: Tensor, b: Tensor) -> float:
+    """Largest |a - b| of two float tensors of one shape, a piece at a time."""
+    pieces = zip(*(torch.split(t.reshape(-1), PIECE) for t in (a, b)), strict=True)
+    ends = (torch.aminmax(x.float() - y.float()) for x, y in pieces)
+    return max((max(-float(low), float(high)) for low, high in ends), default=0.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ not cancel itself here. Sources: formats.md 0.4 (stream), 2 (GPTQ), 3 (AWQ), 4 (
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,27 +16,45 @@ from torch import Tensor
 Parts = Mapping[str, Tensor]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Numbers:
     """A weight ``[N, K]`` as codes: ``scale[n, g] * (codes[n, k] - zero[n, g])``, g = groups[k].
 
-    ``codes`` u8 [N, K]; ``scale`` [N, G] as stored; ``zero`` i16 [N, G]; ``groups`` i64 [K].
-    ``biases`` [N, G] where readers add them: ``scale * code + bias``, zero = -bias / scale.
+    ``stored``: the codes u8 [N, K], or rows of words that are their stream, i32 [N, K bits / 32].
+    ``scale`` [N, G] as stored; ``zero`` i16 [N, G]; ``groups`` i64 [K]. ``biases`` [N, G] where
+    readers add them: ``scale * code + bias``, zero = -bias / scale.
     """
 
     bits: int
-    codes: Tensor
+    stored: Tensor
     scale: Tensor
     zero: Tensor
     groups: Tensor
     biases: Tensor | None = None
 
+    @property
+    def words(self) -> Tensor | None:
+        """The codes as rows of words; None where they are not stored so."""
+        return None if self.stored.dtype == torch.uint8 else self.stored
+
+    @cached_property
+    def codes(self) -> Tensor:
+        """u8 [N, K]."""
+        return self.stored if self.words is None else stream(self.words, self.bits)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.scale.shape[0], len(self.groups)
+
     def weight(self) -> Tensor:
         """f32 [N, K]."""
-        scale = self.scale.float()[:, self.groups]
-        if self.biases is not None:
-            return scale * self.codes.float() + self.biases.float()[:, self.groups]
-        return scale * (self.codes.float() - self.zero.float()[:, self.groups])
+        n, k = self.shape
+        count = self.scale.shape[1]
+        scale, zero = self.scale.float(), self.zero.float()
+        if k % count == 0 and torch.equal(self.groups, torch.arange(k) // (k // count)):
+            levels = self.codes.view(n, count, -1).float() - zero[..., None]
+            return (levels * scale[..., None]).view(n, k)
+        return scale[:, self.groups] * (self.codes.float() - zero[:, self.groups])
 
     @property
     def symmetric(self) -> bool:
@@ -65,67 +84,67 @@ def gptq(parts: Parts, minus_one: bool) -> Numbers:
     scale = parts["scales"].t()
     n = scale.shape[0]
     bits = 32 * parts["qzeros"].shape[1] // n
-    codes = stream(parts["qweight"].t(), bits)
+    words = parts["qweight"].t().contiguous()
     zero = stream(parts["qzeros"], bits).t().to(torch.int16) + minus_one
-    return Numbers(bits, codes, scale, zero, _groups(codes, scale, parts.get("g_idx")))
+    k = 32 * words.shape[1] // bits
+    return Numbers(bits, words, scale, zero, _groups(k, scale, parts.get("g_idx")))
 
 
 def awq(parts: Parts) -> Numbers:
     """qweight [K, N / 8], qzeros [G, N / 8]: nibble k of a word is column 0 2 4 6 1 3 5 7 [k]."""
     scale = parts["scales"].t()
     codes, zero = (_awq(parts[name]).t() for name in ("qweight", "qzeros"))
-    return Numbers(4, codes, scale, zero.to(torch.int16), _groups(codes, scale, None))
+    codes, k = codes.contiguous(), codes.shape[1]
+    return Numbers(4, codes, scale, zero.to(torch.int16), _groups(k, scale, None))
 
 
 def _awq(words: Tensor) -> Tensor:
-    nibbles = stream(words, 4).view(words.shape[0], -1, 8)
-    columns = torch.empty_like(nibbles)
-    columns[..., [0, 2, 4, 6, 1, 3, 5, 7]] = nibbles
-    return columns.view(words.shape[0], -1)
+    columns = torch.empty(*words.shape, 8, dtype=torch.uint8)
+    for nibble, column in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+        columns[..., column] = (words >> 4 * nibble) & 15
+    return columns.flatten(1)
 
 
 def compressed(parts: Parts) -> Numbers:
     """weight_packed [N, K b / 32] or weight i8 [N, K]; zero points packed along N."""
     scale = parts["weight_scale"]
     if "weight" in parts:
-        codes, bits = (parts["weight"].to(torch.int16) + 128).to(torch.uint8), 8
+        stored, bits = (parts["weight"].to(torch.int16) + 128).to(torch.uint8), 8
+        k = stored.shape[1]
     else:
-        bits = 32 * parts["weight_packed"].shape[1] // int(parts["weight_shape"][1])
-        codes = stream(parts["weight_packed"], bits)
+        stored, k = parts["weight_packed"], int(parts["weight_shape"][1])
+        bits = 32 * stored.shape[1] // k
     if "weight_zero_point" in parts:
         zero = stream(parts["weight_zero_point"].t(), bits).t().to(torch.int16)
     else:
         zero = torch.full(scale.shape, 1 << (bits - 1), dtype=torch.int16)
-    groups = _groups(codes, scale, parts.get("weight_g_idx"))
-    return Numbers(bits, codes, scale, zero, groups)
+    return Numbers(bits, stored, scale, zero, _groups(k, scale, parts.get("weight_g_idx")))
 
 
 def canonical(parts: Parts, bits: int, k: int) -> Numbers:
     """codes [N, K b / 32], scale [N, G], zero u8 [N, G], perm [K]: stored column -> column."""
-    codes, scale = stream(parts["codes"], bits), parts["scale"]
-    groups = _groups(codes, scale, None)
+    stored, scale = parts["codes"], parts["scale"]
+    groups = _groups(k, scale, None)
     if "perm" in parts:
         back = parts["perm"].long().argsort()
-        codes, groups = codes[:, back], groups[back]
+        stored, groups = stream(stored, bits)[:, back], groups[back]
     if "zero" in parts:
         zero = parts["zero"].to(torch.int16)
     else:
         zero = torch.full(scale.shape, 1 << (bits - 1), dtype=torch.int16)
-    return Numbers(bits, codes, scale, zero, groups)
+    return Numbers(bits, stored, scale, zero, groups)
 
 
 def mlx(parts: Parts, group: int) -> Numbers:
     """weight u32 [N, K b / 32], scales and biases [N, G]."""
     scale, biases = parts["scales"], parts["biases"]
-    bits = 32 * parts["weight"].shape[1] // (scale.shape[1] * group)
-    codes = stream(parts["weight"], bits)
+    words, k = parts["weight"].view(torch.int32), scale.shape[1] * group
+    bits = 32 * words.shape[1] // k
     zero = (-biases.float() / scale.float()).round()
     zero = zero.nan_to_num(-1.0, -1.0, -1.0).clamp(-1, 1 << 14).to(torch.int16)
-    return Numbers(bits, codes, scale, zero, _groups(codes, scale, None), biases)
+    return Numbers(bits, words, scale, zero, _groups(k, scale, None), biases)
 
 
-def _groups(codes: Tensor, scale: Tensor, g_idx: Tensor | None) -> Tensor:
-    if g_idx is not None:
-        return g_idx.long()
-    k, count = codes.shape[1], scale.shape[1]
-    return torch.arange(k) // -(-k // count)
+def _groups(k: int, scale: Tensor, g_idx: Tensor | None) -> Tensor:
+    """The group of every column: given, or equal runs of columns."""
+    return torch.arange(k) // -(-k // scale.shape[1]) if g_idx is None else g_idx.long()
