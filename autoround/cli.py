@@ -146,6 +146,15 @@ def quantize(
         ),
     ] = None,
     seed: Annotated[int | None, _option("Seed of every random choice. [42]")] = None,
+    budget: Annotated[
+        str | None, _option("Time to spend, e.g. 30m: as many samples as it allows.")
+    ] = None,
+    target_kl: Annotated[
+        float | None,
+        _option(
+            "More samples until the KL on held-out text is this.", "--target-kl", "--target_kl"
+        ),
+    ] = None,
     max_shard_size: Annotated[
         str | None, _option("Largest file. [5GB]", "--max-shard-size", "--max_shard_size")
     ] = None,
@@ -201,10 +210,19 @@ def quantize(
     named = (output_dir or Path()) / default_output(model, built.weight_scheme)
     if output and output_dir:
         raise InputError("give -o (the directory itself) or --output-dir (its parent), not both")
-    _run(built, model, output or named, (device_map, trust_remote_code, low_cpu_mem_usage, quiet))
+    if nsamples and (budget or target_kl):
+        raise InputError("budget and target_kl choose the samples; leave nsamples out")
+    how = (device_map, trust_remote_code, low_cpu_mem_usage, quiet)
+    _run(built, model, output or named, how, (budget, target_kl))
 
 
-def _run(recipe: Any, model: str, output: Path, how: tuple[str | None, bool, bool, bool]) -> None:
+def _run(
+    recipe: Any,
+    model: str,
+    output: Path,
+    how: tuple[str | None, bool, bool, bool],
+    wanted: tuple[str | None, float | None],
+) -> None:
     from autoround import stream
     from autoround.checkpoint import Checkpoint, resolve
     from autoround.options import device_by_name
@@ -214,7 +232,16 @@ def _run(recipe: Any, model: str, output: Path, how: tuple[str | None, bool, boo
     console, device = _console(quiet), device_by_name(device_map)
     checkpoint = None if recipe.calibrates else Checkpoint(resolve(model))
     with Terminal(console, recipe.iters) as terminal:
-        if checkpoint and stream.refuse(recipe, checkpoint) is None:
+        if wanted != (None, None):
+            from autoround import budget
+            from autoround.run import Source
+
+            source = Source(model, device, trust_remote_code, low_cpu_mem_usage)
+            aim = budget.goal(*wanted)
+            run, rungs = budget.quantize(recipe, source, output, aim, progress=terminal)
+            for rung in rungs:
+                console.print(rung)
+        elif checkpoint and stream.refuse(recipe, checkpoint) is None:
             run = stream.quantize(recipe, checkpoint, output, terminal)
         else:
             from autoround import pipeline
