@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch import Tensor
 
+from hal import memory
 from hal.backends import REFERENCE, backends
 from hal.registry import Caps
 
@@ -65,6 +67,13 @@ def resolve(device_map: str | int | None) -> torch.device:
             return d.torch
     names = ", ".join(str(d.torch) for d in known)
     raise ValueError(f"device {text!r} is not on this machine; choose auto or one of: {names}")
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialized tensor."""
+    if device.type == "cpu":
+        return memory.host(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def _host_memory() -> int:

@@ -71,7 +71,7 @@ def quantize(w: Tensor, p: Params, spec: Spec) -> QTensor:
     n, k = w.shape
     groups = (n, spec.groups(k))
     parts = {
-        "codes": torch.empty(n, k, dtype=torch.uint8, device=w.device),
+        "codes": devices.empty((n, k), torch.uint8, w.device),
         "scale": torch.empty(groups, dtype=spec.scale_dtype, device=w.device),
     }
     if not spec.symmetric:
@@ -83,7 +83,7 @@ def quantize(w: Tensor, p: Params, spec: Spec) -> QTensor:
 def dequantize(q: QTensor, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """``[N, K]`` weight of any layout: scale * (level - zero) in f32, then rounded to ``dtype``."""
     q = pack(q, "plain")
-    out = torch.empty(q.shape, dtype=dtype, device=q.device)
+    out = devices.empty(q.shape, dtype, q.device)
     _kernel("dequantize", q.spec, out).fn(q.parts, q.spec, out)
     return out if q.perm is None else out[:, q.perm.argsort()]
 

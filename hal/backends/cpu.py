@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """CPU kernels written in C++ (csrc/): one table per instruction set, chosen at run time."""
 
-import contextlib
-import mmap
 import os
 from functools import cache
 from types import ModuleType
@@ -11,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hal import block, codec, config
+from hal import block, codec, config, memory
 from hal import layout as file_layouts
 from hal.block import Attention, BlockOps
 from hal.layout import Layout, Parts
@@ -160,7 +158,7 @@ def _pack(parts: Parts, spec: Spec, shape: tuple[int, int], layout: str) -> Part
     codes = parts["codes"].contiguous()
     packed = file_layouts.LAYOUTS[layout].pack({**parts, "codes": codes[:32, :32]}, spec)
     dtype, words = file_layouts.LAYOUTS[layout].stored(spec, *shape)["qweight"]
-    packed["qweight"] = torch.empty(words, dtype=dtype)
+    packed["qweight"] = memory.host(words, dtype)
     _repack(True, spec, shape, layout, codes, packed["qweight"])
     return packed
 
@@ -169,7 +167,7 @@ def _unpack(parts: Parts, spec: Spec, shape: tuple[int, int], layout: str) -> Pa
     words = parts["qweight"].contiguous()
     few = {**parts, "qweight": words[: spec.bits, : 8 * spec.bits]}
     plain = file_layouts.LAYOUTS[layout].unpack(few, spec, shape)
-    plain["codes"] = torch.empty(shape, dtype=torch.uint8)
+    plain["codes"] = memory.host(shape, torch.uint8)
     _repack(False, spec, shape, layout, plain["codes"], words)
     return plain
 
@@ -194,9 +192,6 @@ def _tiles(parts: Parts, spec: Spec, shape: tuple[int, int], dtype: torch.dtype)
     return native().Tiles(_shape(spec, *shape, dtype), *_plain(parts))
 
 
-HUGE = 4 << 20  # bytes of codes from which pages of 2 MB waste little
-
-
 def _tile(parts: Parts, spec: Spec) -> Parts:
     parts = {name: t.contiguous() for name, t in parts.items()}
     n, k = parts["codes"].shape
@@ -204,7 +199,7 @@ def _tile(parts: Parts, spec: Spec) -> Parts:
     empty = native().Tiles(_shape(spec, n, k, torch.float32), 0, 0, 0)
     nbytes = empty.code_bytes()
     tiled = {
-        "codes": _huge(nbytes) if nbytes >= HUGE else torch.empty(nbytes, dtype=torch.uint8),
+        "codes": memory.host((nbytes,), torch.uint8),
         "scale": torch.zeros(tiles, groups, TILE, dtype=spec.scale_dtype),
     }
     if not spec.symmetric:
@@ -217,7 +212,7 @@ def _tile(parts: Parts, spec: Spec) -> Parts:
 def _untile(parts: Parts, spec: Spec, shape: tuple[int, int]) -> Parts:
     groups = (shape[0], spec.groups(shape[1]))
     plain = {
-        "codes": torch.empty(shape, dtype=torch.uint8),
+        "codes": memory.host(shape, torch.uint8),
         "scale": torch.empty(groups, dtype=spec.scale_dtype),
     }
     if not spec.symmetric:
@@ -345,19 +340,7 @@ def block_ops() -> BlockOps:
     return BlockOps(norm, gate, attend)
 
 
-def _huge(nbytes: int) -> Tensor:
-    """Memory in pages of 2 MB where the system grants them, else as it is."""
-    page = 2 << 20
-    region = mmap.mmap(-1, nbytes + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):
-            region.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(region, dtype=torch.uint8)
-    start = -whole.data_ptr() % page
-    return whole[start : start + nbytes]
-
-
-LAYOUTS = (Layout("cpu.tiles", lambda spec, n, k: None, _tile, _untile, TILE, memory=_huge),)
+LAYOUTS = (Layout("cpu.tiles", lambda spec, n, k: None, _tile, _untile, TILE, memory=memory.pages),)
 
 KERNELS = (
     Kernel("cpu.search", "search", _search),
