@@ -77,6 +77,6 @@ def _write(
                 if module := contents.modules.get(key):
                     artefact.put(module, files.q(module.name))
                 else:
-                    artefact.keep(key, files.checkpoint.get(key))
+                    artefact.keep(key, files.kept(key))
         artefact.describe(record)
     return directories

@@ -12,6 +12,14 @@ from hal import Spec
 #: Bits of a weight that stays as it is in the checkpoint.
 KEEP_BITS = 16
 
+#: Small or sensitive projections that every serving engine keeps in 16 bits.
+KEPT = re.compile(
+    r"(^|\.)(router|gate|shared_expert_gate|weights_proj|modality_router|correction_coefs|x_proj|dt_proj"
+    r"|in_proj_(a|b|ba))$"
+)
+#: Two-dimensional weights of a block that are tables or norms, whatever the architecture.
+TABLES = re.compile(r"(^|[._])(embed\w*|embeddings?|wte|wpe|\w*norm\w*|ln_\w+|conv\w*)$")
+
 
 @dataclass(frozen=True, slots=True)
 class Scheme:

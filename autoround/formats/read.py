@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import hal
 from autoround.checkpoint import Checkpoint
 from autoround.errors import InputError
 from autoround.formats import awq, canonical, compressed, gptq, mlx
 from autoround.formats.contents import Contents, Module, Stored
+from autoround.formats.sink import DTYPES
 from autoround.header import AGAIN, BITS
-from autoround.scheme import KEEP_BITS, Scheme
+from autoround.scheme import KEEP_BITS, KEPT, TABLES, Scheme
 from hal import QTensor, Spec, Unsupported
 
 #: File beside the weights that says how they were made. No times or paths: equal runs, equal bytes.
@@ -207,8 +209,20 @@ class Quantized:
 
     @property
     def modules(self) -> list[str]:
-        """Names of the quantized modules."""
-        return list(self.homes)
+        """Names of the quantized linear layers."""
+        return [name for name in self.homes if name not in self.tables]
+
+    @cached_property
+    def tables(self) -> set[str]:
+        """Quantized embeddings and routers (MLX has them): dense in every format we write."""
+        return {name for name in self.homes if KEPT.search(name) or TABLES.search(name)}
+
+    def kept(self, key: str) -> Tensor:
+        """A tensor that is no linear layer's; a quantized table in the dtype of its scales."""
+        name = key.removesuffix(".weight")
+        if name not in self.tables:
+            return self.checkpoint.get(key)
+        return hal.dequantize(self.q(name), dtype=self.parts(name)["scales"].dtype)
 
     @cached_property
     def owned(self) -> set[str]:
@@ -248,7 +262,7 @@ class Quantized:
         """What the directory holds; scans the scales and zero levels of every module."""
         if self.dialect.name == "canonical":
             return self._recorded_contents()
-        modules = {m.key: m for m in (Module.of(name, self.q(name)) for name in self.homes)}
+        modules = {m.key: m for m in (Module.of(name, self.q(name)) for name in self.modules)}
         members: dict[str, list[str]] = {}
         for name, (prefix, _) in self.homes.items():
             members.setdefault(prefix, []).append(name)
@@ -260,9 +274,14 @@ class Quantized:
                 tensors[key] = Stored(key, entry.dtype, tuple(entry.shape), entry.nbytes)
                 continue
             for name in members.pop(key.rpartition(".")[0], ()):
-                n, k = modules[f"{name}.weight"].shape
-                tensors[f"{name}.weight"] = Stored(f"{name}.weight", "F16", (n, k), 2 * n * k)
-        blocks = _blocks(self.homes)
+                weight = f"{name}.weight"
+                if name in self.tables:
+                    dense = self.kept(weight)
+                    dtype, shape = DTYPES[dense.dtype], tuple(dense.shape)
+                else:
+                    dtype, shape = "F16", modules[weight].shape
+                tensors[weight] = Stored(weight, dtype, shape, math.prod(shape) * 2)
+        blocks = _blocks(self.modules)
         schemes = {module.name: module.scheme for module in modules.values()}
         for key, tensor in tensors.items():
             linear = key.endswith(".weight") and len(tensor.shape) == 2 and key not in modules

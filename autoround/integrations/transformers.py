@@ -112,6 +112,11 @@ def _parse_backend(text: str) -> tuple[bool, str]:
 
 def _find_homes(model: Any, files: Quantized) -> list[_Swap]:
     """The model's module for every packed module; InputError when one has none."""
+    if files.tables:
+        raise InputError(
+            f"{files.path}: {min(files.tables)} is quantized and no linear layer; make it dense: "
+            f"autoround convert {files.path} --format auto_round -o DIR"
+        )
     keys = [f"{name}.weight" for name in files.modules]
     homes, lost = compat.sources(model, keys)
     swaps: dict[str, _Swap] = {}

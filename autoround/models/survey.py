@@ -20,15 +20,9 @@ import torch
 from torch import Tensor
 
 from autoround.checkpoint import Checkpoint
+from autoround.scheme import KEPT, TABLES
 
-# Small or sensitive projections that every serving engine keeps in 16 bits.
-KEPT = re.compile(
-    r"(^|\.)(router|gate|shared_expert_gate|weights_proj|modality_router|correction_coefs|x_proj|dt_proj"
-    r"|in_proj_(a|b|ba))$"
-)
 EXPERT = re.compile(r"\.experts\.\d+\.")
-#: Two-dimensional weights of a block that are tables or norms, whatever the architecture.
-TABLES = re.compile(r"(^|[._])(embed\w*|embeddings?|wte|wpe|\w*norm\w*|ln_\w+|conv\w*)$")
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 

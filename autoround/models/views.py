@@ -7,7 +7,8 @@ from torch import nn
 from autoround.errors import InputError
 from autoround.models import compat
 from autoround.models.loader import StreamedModel
-from autoround.models.survey import KEPT, Part, Survey, WeightView
+from autoround.models.survey import Part, Survey, WeightView
+from autoround.scheme import KEPT
 
 # Subclasses of nn.Linear that compute y = x W^T + b and nothing else. Routers subclass it too,
 # hence a list.

@@ -46,6 +46,10 @@ class Numbers:
     def shape(self) -> tuple[int, int]:
         return self.scale.shape[0], len(self.groups)
 
+    def start(self) -> Tensor:
+        """What code 0 stands for, f32 [N, G]."""
+        return -self.scale.float() * self.zero if self.biases is None else self.biases.float()
+
     def weight(self) -> Tensor:
         """f32 [N, K]."""
         n, k = self.shape
