@@ -8,11 +8,13 @@ import importlib.abc
 import importlib.machinery
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 TARGET = "transformers.quantizers.auto"
+#: Methods of other programs that our quantizer reads.
+FOREIGN = ("gptq", "awq", "compressed-tensors")
 
 
 def install() -> None:
@@ -28,6 +30,25 @@ def install() -> None:
 def _register(module: ModuleType) -> None:
     # Replaces the entry: register_quantizer refuses names that are taken.
     module.AUTO_QUANTIZER_MAPPING["auto-round"] = _quantizer
+    config = module.AutoRoundConfig
+    if not hasattr(config.from_dict, "reads_foreign"):
+        config.from_dict = classmethod(_from_any(config.from_dict.__func__))
+
+
+def _from_any(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`AutoRoundConfig.from_dict` for what `from_pretrained(..., AutoRoundConfig())` finds.
+
+    transformers takes GPTQ and AWQ configs only, and of GPTQ none that GPTQModel wrote (``meta``).
+    Our quantizer reads the files themselves, so of a foreign config only the method matters.
+    """
+
+    def from_dict(cls: Any, config_dict: dict[str, Any], *given: Any, **options: Any) -> Any:
+        if config_dict.get("quant_method") in FOREIGN:
+            config_dict = {"quant_method": "auto-round"}
+        return original(cls, config_dict, *given, **options)
+
+    from_dict.reads_foreign = True  # type: ignore[attr-defined]
+    return from_dict
 
 
 def _quantizer(config: Any, **options: Any) -> Any:

@@ -275,7 +275,7 @@ def test_gptq_with_zero_levels_goes_into_version_one(runs: Runs, tmp_path: Path)
     assert all(torch.equal(back[key], tensors[key]) for key in tensors)
 
 
-@pytest.mark.parametrize("format", ["auto_gptq", "auto_gptq:v2", "auto_awq"])
+@pytest.mark.parametrize("format", ["auto_gptq", "auto_gptq:v2", "auto_awq", "llm_compressor"])
 def test_from_pretrained_with_our_config(format: str, runs: Runs) -> None:
     """Checkpoints of other programs run on our kernels in transformers, without those programs."""
     run = runs("llama")
@@ -291,6 +291,45 @@ def test_from_pretrained_with_our_config(format: str, runs: Runs) -> None:
         )
         got = logits(model)
         assert (got - wanted).abs().max() < 2e-5 * wanted.abs().max()
+
+
+def test_a_checkpoint_of_gptqmodel(runs: Runs, tmp_path: Path) -> None:
+    """Its configs have a ``meta`` that transformers' own AutoRoundConfig refuses."""
+    shutil.copytree(runs("llama") / "auto_gptq", tmp_path / "gptq")
+    config = json.loads((tmp_path / "gptq/config.json").read_text())
+    config["quantization_config"]["meta"] = {"quantizer": ["gptqmodel:7.7.0"]}
+    (tmp_path / "gptq/config.json").write_text(json.dumps(config))
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "gptq", quantization_config=AutoRoundConfig()
+    )
+    assert torch.equal(logits(model), logits(autoround.load(runs("llama"))))
+
+
+def test_quantized_embeddings_become_dense(runs: Runs, tmp_path: Path) -> None:
+    """As mlx-lm's own converter leaves them: no other format holds them."""
+    shutil.copytree(runs("llama") / "mlx", tmp_path / "mlx")
+    tensors = load_file(tmp_path / "mlx/model.safetensors")
+    name = "model.embed_tokens"
+    w = tensors[f"{name}.weight"]
+    low, high = (f(w.view(len(w), -1, 32), -1).float() for f in (torch.amin, torch.amax))
+    scale = (high - low) / 255
+    zero = (-low / scale).round()
+    levels = (w.view(len(w), -1, 32) / scale[..., None] + zero[..., None]).round().clamp(0, 255)
+    tensors[f"{name}.weight"] = levels.to(torch.uint8).view(len(w), -1).view(torch.uint32)
+    tensors |= {f"{name}.scales": scale, f"{name}.biases": -scale * zero}
+    save_file(tensors, tmp_path / "mlx/model.safetensors", {"format": "mlx"})
+    config = json.loads((tmp_path / "mlx/config.json").read_text())
+    config["quantization"][name] = {"group_size": 32, "bits": 8}
+    (tmp_path / "mlx/config.json").write_text(json.dumps(config))
+    (tmp_path / "mlx/autoround.json").unlink()
+    verdicts = convert(
+        tmp_path / "mlx", formats_by_names("auto_awq,fake:float32"), tmp_path / "o", SHARD
+    )
+    assert all(v.ok for v in verdicts)
+    dense = oracle.read(tmp_path / "o/auto_awq")[f"{name}.weight"]
+    wanted = (levels - zero[..., None]) * scale[..., None]
+    assert torch.allclose(dense, wanted.view_as(w), atol=1e-6)
+    refused("make it dense: autoround convert", autoround.load, tmp_path / "mlx")
 
 
 def test_a_backend_that_is_none(runs: Runs) -> None:
