@@ -189,13 +189,10 @@ def refused(match: str, call: Callable[..., Any], *given: Any) -> None:
 
 
 def test_a_format_that_cannot_hold_the_run(runs: Runs, tmp_path: Path) -> None:
-    awq, v1 = formats_by_names("auto_awq"), formats_by_names("auto_gptq")
-    out = tmp_path / "out"
+    awq, out = formats_by_names("auto_awq"), tmp_path / "out"
     refused("auto_awq cannot hold .*4 bits, not 3; use --format", export,
             runs("llama", bits=3), awq, out, SHARD)  # fmt: skip
     refused("auto_awq cannot hold .*Conv1D", export, runs("gpt2"), awq, out, SHARD)
-    refused("zero level of 0 cannot be stored.*auto_gptq:v2", export,
-            runs("llama", sym=False), v1, out, SHARD)  # fmt: skip
     assert not out.exists()
 
 
@@ -312,8 +309,8 @@ def test_quantized_embeddings_become_dense(runs: Runs, tmp_path: Path) -> None:
     name = "model.embed_tokens"
     w = tensors[f"{name}.weight"]
     low, high = (f(w.view(len(w), -1, 32), -1).float() for f in (torch.amin, torch.amax))
-    scale = (high - low) / 255
-    zero = (-low / scale).round()
+    scale = (high.clamp(0) - low.clamp(None, 0)).clamp(1e-6) / 255
+    zero = (-low.clamp(None, 0) / scale).round()
     levels = (w.view(len(w), -1, 32) / scale[..., None] + zero[..., None]).round().clamp(0, 255)
     tensors[f"{name}.weight"] = levels.to(torch.uint8).view(len(w), -1).view(torch.uint32)
     tensors |= {f"{name}.scales": scale, f"{name}.biases": -scale * zero}
