@@ -7,6 +7,7 @@ import torch
 
 import hal
 from autoround.formats.contents import Contents, Module
+from autoround.formats.engines import as_built
 from autoround.formats.gptq import group_of, whole
 from autoround.formats.row import Packing, Parts, Shapes, check, scale_name
 from autoround.scheme import KEEP_BITS
@@ -62,7 +63,8 @@ def awq_config(contents: Contents, packing: Packing) -> dict[str, Any]:
     ``zero_point`` is always true: the zero levels are in the files, and readers that are told
     otherwise pass over them.
     """
-    kept = [name for name, scheme in contents.schemes.items() if scheme.bits == KEEP_BITS]
+    named = as_built(contents.schemes)
+    kept = [name for name, scheme in named.items() if scheme.bits == KEEP_BITS]
     head = [] if contents.heads else ["lm_head"]
     return {
         "quantization_config": {

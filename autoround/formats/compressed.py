@@ -119,16 +119,17 @@ BYTES = Packing("int-quantized", _refuse_bytes, _stored_bytes, _pack_bytes)
 
 
 def compressed_config(contents: Contents, packing: Packing) -> dict[str, Any]:
-    """A group for every scheme: those of fewer layers by their names, the commonest last, by class.
+    """A group for every scheme: its layers by class where it is the only one, else by their names.
 
-    Every matrix that stays is in ``ignore``: one that is missing there is read as quantized, with
-    random scales.
+    SGLang asks for the class before it looks for the parts of a fused layer, so a group by class
+    would take layers from groups by name. Every matrix that stays is in ``ignore``: one that is
+    missing there is read as quantized, with random scales.
     """
     groups: dict[tuple[Scheme, bool], list[str]] = {}
     for module in contents.modules.values():
         groups.setdefault((module.scheme, module.act_order), []).append(module.name)
     ordered = sorted(groups.items(), key=lambda group: len(group[1]))
-    last = len(ordered) - 1
+    single = len(ordered) == 1
     return {
         "quantization_config": {
             "quant_method": "compressed-tensors",
@@ -138,7 +139,7 @@ def compressed_config(contents: Contents, packing: Packing) -> dict[str, Any]:
             "kv_cache_scheme": None,
             "ignore": contents.kept_matrices,
             "config_groups": {
-                f"group_{i}": _group(key, packing, names if i < last else ["Linear"])
+                f"group_{i}": _group(key, packing, ["Linear"] if single else names)
                 for i, (key, names) in enumerate(ordered)
             },
         }

@@ -129,6 +129,20 @@ def layers(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     return {name: tuple(modules) for name, modules in found.items()}
 
 
+def as_built(schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
+    """Schemes by the checkpoint's names, and by the names of layers that engines build of several.
+
+    A config that names only q_proj says nothing to an engine that looks for qkv_proj. Layers whose
+    modules differ are left out: no engine can build them.
+    """
+    named = dict(schemes)
+    for name, modules in layers(schemes).items():
+        own = {schemes[module] for module in modules}
+        if len(own) == 1:
+            named[name] = own.pop()
+    return named
+
+
 def _layer(name: str, known: set[str]) -> str:
     if expert := _EXPERT.fullmatch(name):
         return expert[1]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import hal
 from autoround.formats.contents import Contents, Module
+from autoround.formats.engines import as_built
 from autoround.formats.row import Packing, Parts, Shapes, check, scale_name
 from autoround.scheme import KEEP_BITS, Scheme
 from hal import QTensor, Spec
@@ -137,7 +138,7 @@ def auto_round_config(contents: Contents, packing: Packing) -> dict[str, Any]:
     base = contents.base
     same = _fields(base)
     extra: dict[str, dict[str, Any]] = {}
-    for name, scheme in contents.schemes.items():
+    for name, scheme in as_built(contents.schemes).items():
         if scheme.bits == KEEP_BITS:
             extra[name] = {"bits": KEEP_BITS, "data_type": "float"}
         elif not contents.inside(name):
@@ -158,7 +159,7 @@ def gptq_config(contents: Contents, packing: Packing) -> dict[str, Any]:
     """GPTQ's own, with GPTQModel's ``dynamic`` for layers that differ or are kept."""
     base = contents.base
     dynamic: dict[str, dict[str, Any]] = {}
-    for name, scheme in contents.schemes.items():
+    for name, scheme in as_built(contents.schemes).items():
         pattern = f"^{re.escape(name)}$"
         if scheme.bits == KEEP_BITS:
             dynamic[f"-:{pattern}"] = {}

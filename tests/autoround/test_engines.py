@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules of vLLM and SGLang: cases with known answers, and remedies that leave nothing to refuse."""
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoround.errors import InputError
+from autoround.formats import FORMATS as ROWS
+from autoround.formats import Contents, Module, Stored
 from autoround.formats.engines import ENGINES, READERS, Violation, layers, violations
 from autoround.scheme import KEEP_BITS, Scheme
 
+Fields = dict[str, Any]
 W4, W8, W3, KEPT = Scheme(4), Scheme(8), Scheme(3), Scheme(KEEP_BITS)
 ASYM = Scheme(4, sym=False)
 #: One dense block of a small Llama: module -> [N, K].
@@ -217,3 +224,121 @@ def test_remedies_leave_nothing_to_refuse(data: st.DataObject, engine: str, form
         assert violation.remedy is not None
         for name, scheme in violation.remedy.items():
             assert scheme.bits >= model[name].bits
+
+
+def _vllm_auto_round(own: dict[str, Any], name: str, parts: tuple[str, ...]) -> Fields:
+    """Exact names; then parts, if one is named; all experts are asked for by one name."""
+    extra, plain = own.get("extra_config", {}), _fields(own)
+    if name in extra:
+        return plain | _fields(extra[name])
+    if ".experts" not in name and any(part in extra for part in parts):
+        rows = [plain | _fields(extra.get(part, {})) for part in parts]
+        assert all(row == rows[0] for row in rows)
+        return rows[0]
+    return plain
+
+
+def _sglang_auto_round(own: dict[str, Any], name: str, parts: tuple[str, ...]) -> Fields:
+    """Exact names; then whatever starts so for experts; then parts."""
+    extra, plain = own.get("extra_config", {}), _fields(own)
+    if name in extra:
+        return plain | _fields(extra[name])
+    below = [key for key in extra if key.startswith(name)] if name.endswith(".experts") else parts
+    rows = [plain | _fields(extra.get(key, {})) for key in below] or [plain]
+    assert all(row == rows[0] for row in rows)
+    return rows[0]
+
+
+def _gptq(own: dict[str, Any], name: str, parts: tuple[str, ...]) -> Fields:
+    """``dynamic`` is matched with the name of the layer as it is built, in both."""
+    for pattern, row in own.get("dynamic", {}).items():
+        if re.match(pattern.removeprefix("-:").removeprefix("+:"), name):
+            return {"bits": 16} if pattern.startswith("-:") else _fields(own) | _fields(row)
+    return _fields(own)
+
+
+def _awq(fused: bool) -> Callable[[dict[str, Any], str, tuple[str, ...]], Fields]:
+    """Kept names are looked for in the layer's; vLLM asks for its parts too, and all must agree."""
+
+    def look(own: dict[str, Any], name: str, parts: tuple[str, ...]) -> Fields:
+        kept = own["modules_to_not_convert"]
+        hit = any(skip in name for skip in kept)
+        if fused and not hit and ".experts" not in name:
+            hits = {any(skip in part for skip in kept) for part in parts}
+            assert len(hits) == 1
+            hit = hits.pop()
+        return {"bits": 16} if hit else {k: own[k] for k in ("bits", "group_size")}
+
+    return look
+
+
+def _compressed(class_first: bool) -> Callable[[dict[str, Any], str, tuple[str, ...]], Fields]:
+    """``ignore`` by all parts or none; then the layer's name, its parts and its class, in order."""
+
+    def look(own: dict[str, Any], name: str, parts: tuple[str, ...]) -> Fields:
+        hits = {part in own["ignore"] for part in parts}
+        assert len(hits) == 1
+        if hits.pop():
+            return {"bits": 16}
+        groups = own["config_groups"].values()
+        by_parts = [g for g in groups if all(part in g["targets"] for part in parts)]
+        by_class = [g for g in groups if "Linear" in g["targets"]]
+        (weights, *_) = [
+            g["weights"] for g in (by_class + by_parts if class_first else by_parts + by_class)
+        ]
+        size = weights["group_size"] or -1
+        return {"bits": weights["num_bits"], "group_size": size, "sym": weights["symmetric"]}
+
+    return look
+
+
+def _fields(row: Mapping[str, Any]) -> Fields:
+    return {key: row[key] for key in ("bits", "group_size", "sym") if key in row}
+
+
+#: What an engine makes of a format's config, re-told from its source in a few lines.
+ORACLES = {
+    ("vllm", "auto_round"): _vllm_auto_round, ("sglang", "auto_round"): _sglang_auto_round,
+    ("vllm", "auto_gptq"): _gptq, ("sglang", "auto_gptq"): _gptq,
+    ("vllm", "auto_awq"): _awq(True), ("sglang", "auto_awq"): _awq(False),
+    ("vllm", "llm_compressor"): _compressed(False),
+    ("sglang", "llm_compressor"): _compressed(True),
+}  # fmt: skip
+
+
+OTHERS = {"kept": KEPT, "w8": W8, "g32": Scheme(4, 32)}
+FOUND = [
+    (engine, format, other)
+    for engine, format in ORACLES
+    for other in OTHERS
+    if format != "auto_awq" or other == "kept"  # it holds one scheme
+]
+
+
+@pytest.mark.parametrize(("engine", "format", "other"), FOUND)
+def test_engines_find_every_layer_in_our_configs(engine: str, format: str, other: str) -> None:
+    experts = {name.replace(".2.", ".3."): shape for name, shape in EXPERTS.items()}
+    shapes = MOE | experts
+    changed = [f"layers_0_self_attn_{x}_proj" for x in "qkv"]
+    changed += [f"layers_1_mlp_{x}_proj" for x in ("gate", "up", "down")]
+    changed += [name.replace(".", "_") for name in experts]
+    schemes = _model(shapes, **dict.fromkeys(changed, OTHERS[other]))
+    assert violations(engine, format, schemes, shapes) == []
+    tensors = {
+        f"{name}.weight": Stored(f"{name}.weight", "F16", s, 0) for name, s in shapes.items()
+    }
+    modules = {
+        f"{name}.weight": Module(name, f"{name}.weight", scheme.spec, shapes[name], least_zero=1)
+        for name, scheme in schemes.items()
+        if scheme.spec is not None
+    }
+    contents = Contents(Path(), {}, tensors, modules, schemes, W4, "model.layers")
+    row = ROWS[format]
+    own = row.config(contents, row.packings[0])["quantization_config"]
+    for name, parts in layers(shapes).items():
+        scheme = schemes[parts[0]]
+        found = ORACLES[engine, format](json.loads(json.dumps(own)), name, parts)
+        assert found["bits"] == scheme.bits, (name, found)
+        if scheme.bits != KEEP_BITS:
+            assert found["group_size"] == scheme.group_size, name
+            assert found.get("sym", scheme.sym) == scheme.sym, name
