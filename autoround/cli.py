@@ -251,8 +251,9 @@ def _run(
             run = pipeline.quantize(recipe, source, output, progress=terminal)
     console.print(summary(run, run.source_bytes))
     _verdicts([] if quiet else run.verdicts)
+    first = run.verdicts[0].directory
     console.print(
-        f"written to {output}; next: autoround eval {output} --against {model}", soft_wrap=True
+        f"written to {output}; next: autoround eval {first} --against {model}", soft_wrap=True
     )
 
 

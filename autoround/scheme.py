@@ -55,6 +55,7 @@ class Scheme:
 SCHEMES: dict[str, Scheme] = {
     **{f"W{b}A16": Scheme(b) for b in range(2, 9)},
     **{f"W{b}A16G{g}": Scheme(b, g) for b in range(2, 9) for g in (32, 64)},
+    "INT8": Scheme(8, -1),
     "BF16": Scheme(KEEP_BITS),
 }
 

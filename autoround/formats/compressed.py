@@ -30,6 +30,8 @@ def _refuse_packed(module: Module) -> str | None:
 def _refuse_bytes(module: Module) -> str | None:
     if module.spec.bits != 8 or not module.spec.symmetric:
         return f"holds 8 bits, symmetric, not {module.scheme}"
+    if module.spec.group:
+        return f"holds one scale a row (group_size -1), not group_size {module.scheme.group_size}"
     if module.act_order:
         return "columns in activation order"
     return _refuse_packed(module)
@@ -118,6 +120,16 @@ PACKED = Packing("pack-quantized", _refuse_packed, _stored_packed, _pack_packed)
 BYTES = Packing("int-quantized", _refuse_bytes, _stored_bytes, _pack_bytes)
 
 
+#: Engines multiply int-quantized weights with activations in 8 bits, a scale per token, only.
+ACTIVATIONS = {
+    "num_bits": 8,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "token",
+    "dynamic": True,
+}
+
+
 def compressed_config(contents: Contents, packing: Packing) -> dict[str, Any]:
     """A group for every scheme: its layers by class where it is the only one, else by their names.
 
@@ -163,6 +175,6 @@ def _group(key: tuple[Scheme, bool], packing: Packing, targets: Iterable[str]) -
         "targets": list(targets),
         "format": packing.name,
         "weights": weights,
-        "input_activations": None,
+        "input_activations": ACTIVATIONS if packing is BYTES else None,
         "output_activations": None,
     }

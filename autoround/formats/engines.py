@@ -98,18 +98,19 @@ READERS: tuple[Reader, ...] = (
     Reader("vllm", ("auto_gptq", "auto_gptq:v2"), _SYM_4_8),
     Reader("vllm", ("auto_awq",), _FOUR, one_group=True),
     Reader("vllm", ("llm_compressor",), _ANY),
+    Reader("vllm", ("llm_compressor:int",), frozenset({(8, True)}), groups=(-1,)),
     Reader("sglang", ("auto_round:auto_gptq",), _SYM_4_8, tile=_MARLIN),
     Reader("sglang", ("auto_round:auto_awq",), _FOUR, tile=_MARLIN),
     Reader("sglang", ("auto_gptq", "auto_gptq:v2"), _SYM_4_8, tile=_MARLIN),
     Reader("sglang", ("auto_awq",), _FOUR, one_group=True),
     Reader("sglang", ("llm_compressor",), _SYM_4_8 | _FOUR, tile=_MARLIN),
+    Reader("sglang", ("llm_compressor:int",), frozenset({(8, True)}), groups=(-1,)),
     *(
         Reader(engine, formats, why=why)
         for engine in ("vllm", "sglang")
         for formats, why in (
             (("auto_round:gptqmodel",), _RAW),
             (("mlx", "auto_round:mlx"), _MLX),
-            (("llm_compressor:int",), "it reads int-quantized with quantized activations only"),
         )
     ),
 )

@@ -56,7 +56,7 @@ FORMATS: dict[str, Format] = {
             (compressed.PACKED,), compressed.compressed_config, files=COPY,
         ),
         Format(
-            "llm_compressor:int", "compressed-tensors, int-quantized: 8 bits, symmetric",
+            "llm_compressor:int", "int-quantized: W8A8, a scale per row and per token",
             (compressed.BYTES,), compressed.compressed_config, files=COPY,
         ),
         Format(

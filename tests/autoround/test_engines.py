@@ -120,7 +120,6 @@ def test_all_experts_are_one_layer() -> None:
         ("auto_round:gptqmodel", "packings"),
         ("mlx", "MLX"),
         ("auto_round:mlx", "MLX"),
-        ("llm_compressor:int", "quantized activations"),
     ],
 )
 @pytest.mark.parametrize("engine", ENGINES)

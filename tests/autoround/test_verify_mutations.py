@@ -33,7 +33,7 @@ PARTS = {
     "fake:float32": ("weight", "", ""),
 }
 CODES, SCALES, ZEROS = range(3)
-EIGHT = ("llm_compressor:int",)  # from a run with 8 symmetric bits
+EIGHT = ("llm_compressor:int",)  # from a run in INT8
 EXPERT, OTHER = (f"model.layers.1.mlp.experts.{e}.up_proj" for e in (2, 3))
 Q = "model.layers.1.self_attn.q_proj"
 ROUTER, NORM = "model.layers.1.mlp.gate", "model.layers.1.input_layernorm.weight"
@@ -248,8 +248,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     source = Source(model, torch.device("cpu"))
     made: dict[bool, Path] = {}
     for eight in (False, True):
-        own = {"bits": 8, "sym": True} if eight else {"bits": 4, "sym": False}
-        recipe = build_recipe("rtn", {"group_size": 32, "format": "auto_round", **own})
+        own: dict[str, Any] = {"bits": 4, "group_size": 32, "sym": False}
+        if eight:
+            own = {"scheme": "INT8"}
+        recipe = build_recipe("rtn", {"format": "auto_round", **own})
         made[eight] = where / f"run {eight}"
         pipeline.quantize(recipe, source, made[eight])
     for eight, run in made.items():
