@@ -82,12 +82,19 @@ HEAD = (
 
 
 def turns(runs: Sequence[Run], budget: float) -> list[list[float]]:
-    """Seconds of each run in each turn, for ``budget`` seconds in all (five turns at least)."""
+    """Seconds of each run in each turn, for ``budget`` seconds in all.
+
+    At least five turns, unless they take more than ten times the budget.
+    """
     for run in runs:
         run()
     times: list[list[float]] = []
-    end = time.perf_counter() + budget
-    while time.perf_counter() < end or len(times) < 5:
+    began = time.perf_counter()
+    while (
+        not times
+        or (spent := time.perf_counter() - began) < budget
+        or (len(times) < 5 and spent < 10 * budget)
+    ):
         own = []
         for run in runs:
             start = time.perf_counter()
