@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """AWQ's gemm words: four bits, eight output columns in a word (formats.md 3)."""
 
+import re
 from typing import Any
 
 import torch
@@ -61,7 +62,8 @@ def awq_config(contents: Contents, packing: Packing) -> dict[str, Any]:
     """One scheme; what is kept by its full name, for readers look for it anywhere in a name.
 
     ``zero_point`` is always true: the zero levels are in the files, and readers that are told
-    otherwise pass over them.
+    otherwise pass over them. ``dynamic`` says again what is kept, for GPTQModel, which passes over
+    the list; ``lm_head`` is for vLLM.
     """
     named = as_built(contents.schemes)
     kept = [name for name, scheme in named.items() if scheme.bits == KEEP_BITS]
@@ -73,6 +75,8 @@ def awq_config(contents: Contents, packing: Packing) -> dict[str, Any]:
             "bits": 4,
             "group_size": contents.base.group_size,
             "zero_point": True,
+            "lm_head": bool(contents.heads),
             "modules_to_not_convert": [*head, *kept],
+            "dynamic": {f"-:^{re.escape(name)}$": {} for name in kept},
         }
     }
