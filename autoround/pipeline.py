@@ -158,7 +158,8 @@ class _Engine:
         trim()
         rtn, loss = (task.report.get(key, math.nan) for key in ("loss_rtn", "loss"))
         seconds = time.perf_counter() - started
-        report = BlockReport(index, name, rtn, loss, seconds, peak_bytes())
+        sparse = int(task.report.get("sparse_experts", 0))
+        report = BlockReport(index, name, rtn, loss, seconds, peak_bytes(), sparse)
         self.out.blocks.append(report)
         self.progress.block_done(report)
 

@@ -42,7 +42,8 @@ class BlockReport:
     """One block's outcome.
 
     Losses are mean squared errors over the samples held out of tuning, or all where none are; NaN
-    without data.
+    without data. ``sparse_experts``: weights of experts with fewer tokens than columns, which lean
+    on the tokens of all experts.
     """
 
     index: int
@@ -51,6 +52,7 @@ class BlockReport:
     loss: float
     seconds: float
     peak_bytes: int
+    sparse_experts: int = 0
 
 
 @dataclass(slots=True)
@@ -83,6 +85,7 @@ class Run:
             # A block that text never reached has none; NaN would not be JSON.
             {"name": b.name}
             | ({} if math.isnan(b.loss) else {"loss_rtn": b.loss_rtn, "loss": b.loss})
+            | ({"sparse_experts": b.sparse_experts} if b.sparse_experts else {})
             for b in self.blocks
         ]
         return {

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 import hal
-from autoround.stages.inputs import Moments, dataflow, gain, moments
+from autoround.stages.inputs import Moments, dataflow, expert_moments, gain, moments
 from autoround.stages.quadratic import Grid, damped, descend, feedback, refit
 from autoround.stages.task import BlockTask, LayerTask
+
+#: Bytes of the moments of experts that are gathered in one pass over the samples.
+AT_ONCE = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +31,10 @@ class Feedback:
        coordinate descent over the codes, all toward least tr((Q - T) H (Q - T)^T), with ``damp`` of
        its mean diagonal added to H.
 
-    Layers that no sample reaches and fused experts keep the parameters they have. The weight of
-    every other layer becomes one that rounds to the codes found.
+    Fused experts come last, each with the moments of the tokens sent to it. So that few tokens mean
+    no guess, ``prior`` K tokens like the mean of all experts' are added: an expert without any is
+    rounded for all experts' inputs. Layers that no sample reaches keep the parameters they have.
+    The weight of every other layer becomes one that rounds to the codes found.
     """
 
     batch_size: int
@@ -38,6 +43,7 @@ class Feedback:
     damp: float = 0.1
     rounds: int = 5
     sweeps: int = 2
+    prior: float = 0.25
 
     def run(self, task: BlockTask) -> None:
         assert task.x is not None
@@ -56,24 +62,71 @@ class Feedback:
                 layer = task.layers[name]
                 done[name] = hal.qdq(layer.w, layer.ready, layer.spec).to(layer.dtype)
 
+        for name in task.layers:
+            if name not in task.own and name not in done:
+                self._experts(task, name, batches, judging)
+
     def _round(self, layers: Sequence[LayerTask], m: Moments, judge: Moments) -> None:
         """Layers of one spec and one input, as one matrix."""
         spec, w = layers[0].spec, torch.cat([layer.w for layer in layers]).float()
-        t = self._target(w, m, judge)
-        firm = damped(m.h, self.damp)
-        range_of = hal.search(t, spec, importance=m.h.diagonal().contiguous(), grid=self.grid)
+        q, p = self._rounded(self._target(w, m, judge), m.h, spec)
+        for rows, layer in zip(_rows(layers), layers, strict=True):
+            layer.w = q[rows].contiguous()  # on the grid: rounding gives it back exactly
+            layer.params = hal.Params(
+                None, *(x[rows].contiguous() for x in (p.lo, p.hi, p.amin, p.amax))
+            )
+
+    def _experts(
+        self,
+        task: BlockTask,
+        name: str,
+        batches: Sequence[Sequence[int]],
+        judging: Sequence[Sequence[int]],
+    ) -> None:
+        """A fused weight, expert by expert; left alone where its inputs cannot be told apart."""
+        layer, done = task.layers[name], task.fixed
+        count, k = task.module.get_parameter(name).shape[0], layer.w.shape[1]
+        t = layer.w.float()
+        dense = moments(task, name, done, batches, None)
+        if dense is not None and dense.h.shape == (k, k):  # the module's own input goes into it
+            judge = moments(task, name, done, judging, None) if judging else dense
+            t = self._target(t, dense, judge or dense)
+        q, ranges, step = torch.empty_like(t), list[hal.Params](), max(1, AT_ONCE // (4 * k * k))
+        sparse = 0
+        for start in range(0, count, step):
+            experts = range(start, min(start + step, count))
+            found = expert_moments(task, name, done, batches, experts)
+            if found is None:
+                return
+            mean = found.together / max(1, found.routed)
+            for at, expert in enumerate(experts):
+                rows = slice(expert * len(t) // count, (expert + 1) * len(t) // count)
+                h = found.h[at] + self.prior * k * mean
+                q[rows], p = self._rounded(t[rows], h, layer.spec)
+                ranges.append(p)
+                sparse += int(found.tokens[at] < k)
+        layer.w = q
+        layer.params = hal.Params(
+            None,
+            *(
+                torch.cat([getattr(p, part) for p in ranges])
+                for part in ("lo", "hi", "amin", "amax")
+            ),
+        )
+        done[name] = hal.qdq(layer.w, layer.ready, layer.spec).to(layer.dtype)
+        task.report["sparse_experts"] = task.report.get("sparse_experts", 0) + sparse
+
+    def _rounded(self, t: Tensor, h: Tensor, spec: hal.Spec) -> tuple[Tensor, hal.Params]:
+        """The matrix of levels nearest to ``t`` in the sense of ``h``, and their grid."""
+        firm = damped(h, self.damp)
+        range_of = hal.search(t, spec, importance=h.diagonal().contiguous(), grid=self.grid)
         grid = Grid.of(t, range_of, spec)
         q, h = feedback(t, firm, grid), firm.float()
         for _ in range(self.rounds):
             q, grid = refit(q, t, h, grid)
             for _ in range(self.sweeps):
                 q = descend(q, t, h, grid)
-        p = grid.params()
-        for rows, layer in zip(_rows(layers), layers, strict=True):
-            layer.w = q[rows].contiguous()  # on the grid: rounding gives it back exactly
-            layer.params = hal.Params(
-                None, *(x[rows].contiguous() for x in (p.lo, p.hi, p.amin, p.amax))
-            )
+        return q, grid.params()
 
     def _target(self, w: Tensor, m: Moments, judge: Moments) -> Tensor:
         """The weight that makes up for what is missing, as far as held-out samples agree."""

@@ -4,10 +4,13 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from autoround.stages.task import BlockTask, Call, hidden
 
@@ -123,6 +126,92 @@ def moments(
     if h is None or miss is None:
         return None
     return Moments(h, miss, gain is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertMoments:
+    """``h [E, K, K]`` f32 = X^T X of what the router sends to each expert, ``tokens [E]`` of it,
+    and ``together [K, K]`` of all ``routed`` tokens."""
+
+    h: Tensor
+    tokens: Tensor
+    together: Tensor
+    routed: int
+
+
+def expert_moments(
+    task: BlockTask,
+    name: str,
+    weights: Mapping[str, Tensor],
+    batches: Sequence[Sequence[int]],
+    experts: range,
+) -> ExpertMoments | None:
+    """Moments of some experts of a fused weight, seen in the grouped products that it goes into.
+
+    None where the model multiplies in another way: then there is no telling.
+    """
+    assert task.x is not None
+    owner, leaf = task.owner(name), name.rpartition(".")[2]
+    fused = [key for key, p in owner._parameters.items() if p is not None and p.ndim == 3]
+    k = task.layers[name].w.shape[1]
+    h = torch.zeros(len(experts), k, k)
+    together, tokens = torch.zeros(k, k), torch.zeros(len(experts), dtype=torch.long)
+    routed = 0
+    for batch in batches:
+        call = task.x.gather(batch)
+        with torch.no_grad(), _GroupedProducts(owner) as products:
+            task.forward(call, weights)
+        if len(products.seen) != len(fused):
+            return None
+        x, ends = products.seen[fused.index(leaf)]
+        if x.shape[1] != k:
+            return None
+        bounds = [0, *ends.tolist()]
+        together += _product(x[: bounds[-1]], x[: bounds[-1]])
+        routed += bounds[-1]
+        for at, expert in enumerate(experts):
+            own = x[bounds[expert] : bounds[expert + 1]]
+            if len(own):
+                h[at] += _product(own, own)
+                tokens[at] += len(own)
+    return ExpertMoments(h, tokens, together, routed)
+
+
+class _GroupedProducts(TorchFunctionMode):
+    """Inputs, sorted by expert, and their ends, of every grouped product inside a module."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        super().__init__()
+        self.seen: list[tuple[Tensor, Tensor]] = []
+        self._owner, self._inside = owner, False
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        def mark(inside: bool) -> Callable[..., None]:
+            def hook(*_: object) -> None:
+                self._inside = inside
+
+            return hook
+
+        self._handles = [
+            self._owner.register_forward_pre_hook(mark(True)),
+            self._owner.register_forward_hook(mark(False)),
+        ]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for handle in self._handles:
+            handle.remove()
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        named = kwargs or {}
+        if self._inside and "grouped_mm" in str(getattr(function, "__name__", function)):
+            self.seen.append((args[0], named["offs"] if "offs" in named else args[2]))
+        return function(*args, **named)
 
 
 def _input(

@@ -3,6 +3,7 @@
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -12,13 +13,14 @@ import pytest
 import torch
 import zoo
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import hal
 from autoround import pipeline
 from autoround.models import Call, Samples
 from autoround.options import build_recipe
 from autoround.stages import BlockTask, Feedback, Kept, LayerTask, Measure, Search
-from autoround.stages.inputs import dataflow, gain, moments
+from autoround.stages.inputs import dataflow, expert_moments, gain, moments
 from autoround.stages.quadratic import Grid, damped, descend, feedback, refit
 
 PGDOC = Path(__file__).parents[2] / "benchmarks/models/pgdoc"
@@ -280,13 +282,11 @@ def test_few_samples(tmp_path: Path, nsamples: int) -> None:
     assert all(block.loss <= block.loss_rtn for block in run.blocks)
 
 
-def test_fused_experts_are_left_to_steps(tmp_path: Path) -> None:
-    """No module receives an expert's own tokens: SignRound takes those weights, and those alone."""
-    source = zoo.save("mixtral", tmp_path / "mixtral", "5GB")
-    ids = torch.randint(0, 90, (8, 16), generator=torch.Generator().manual_seed(0))
-    recipe = build_recipe(
-        "autoround", {"iters": 4, "nsamples": 8, "seqlen": 16, "group_size": 32, "lr": 0.05}
-    )
+def experts(output: Path, name: str = "mixtral", **changes: Any) -> tuple[pipeline.Run, list[int]]:
+    """A run on a small model with fused experts, and the steps of SignRound that it took."""
+    source = zoo.save(name, output / "model", "5GB")
+    ids = torch.randint(0, 90, (32, 16), generator=torch.Generator().manual_seed(0))
+    small = {"iters": 4, "nsamples": 32, "seqlen": 16, "group_size": 32, "bits": 3}
     told: list[int] = []
 
     class Watch(pipeline.Silent):
@@ -294,7 +294,108 @@ def test_fused_experts_are_left_to_steps(tmp_path: Path) -> None:
             told.append(t)
 
     where = pipeline.Source(source, torch.device("cpu"))
-    run = pipeline.quantize(
-        recipe, where, tmp_path / "out", dataset=[row.tolist() for row in ids], progress=Watch()
-    )
+    recipe = build_recipe("autoround", small | changes)
+    rows = [row.tolist() for row in ids]
+    run = pipeline.quantize(recipe, where, output / "out", dataset=rows, progress=Watch())
+    return run, told
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_fused_experts_are_rounded_in_closed_form(name: str, tmp_path: Path) -> None:
+    run, told = experts(tmp_path, name)
+    assert not told
+    assert all(block.loss < block.loss_rtn for block in run.blocks)
+    assert sum(block.loss / block.loss_rtn for block in run.blocks) < 0.8 * len(run.blocks)
+    record = json.loads(next((tmp_path / "out").rglob("autoround.json")).read_text())
+    counts = [block.get("sparse_experts", 0) for block in record["blocks"]]
+    assert counts == [block.sparse_experts for block in run.blocks]
+
+
+def test_experts_of_another_product_are_left_to_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where inputs of experts cannot be told apart SignRound takes those weights, those alone."""
+    monkeypatch.setattr("autoround.stages.feedback.expert_moments", lambda *_: None)
+    run, told = experts(tmp_path, lr=0.05)
     assert told == [0, 1, 2, 3] * len(run.blocks)
+
+
+class Experts(nn.Module):
+    """Two fused weights; of a batch, the first token goes to expert 0, the others to expert 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 32, H))
+        self.down = nn.Parameter(torch.randn(3, H, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        ends = torch.tensor([1, 1, len(flat)], dtype=torch.int32)
+        up = F.grouped_mm(flat, self.up.transpose(1, 2), offs=ends)
+        return F.grouped_mm(up.relu(), self.down.transpose(1, 2), offs=ends).view(x.shape)
+
+
+class Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = Experts()
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (x + self.experts(x),)
+
+
+def routed() -> tuple[Routed, BlockTask, Tensor]:
+    torch.manual_seed(2)
+    block = Routed().eval().requires_grad_(False)
+    spec = hal.Spec.parse("s4:g16:f16")
+    layers = {
+        "experts.up": LayerTask(spec, block.experts.up.flatten(0, 1), lambda m: m.view(3, 32, H)),
+        "experts.down": LayerTask(
+            spec, block.experts.down.flatten(0, 1), lambda m: m.view(3, H, 32)
+        ),
+    }
+    task = BlockTask(0, block, layers, contextlib.nullcontext)
+    xs = torch.randn(8, 1, 10, H)
+    task.x = task.floats = Samples({i: Call((x,), {}) for i, x in enumerate(xs)})
+    task.y = {i: block(x)[0] for i, x in enumerate(xs)}
+    return block, task, xs
+
+
+def test_moments_of_what_each_expert_is_sent() -> None:
+    block, task, xs = routed()
+    inner = [F.linear(x[0, :1], block.experts.up[0]).relu() for x in xs]
+    other = [F.linear(x[0, 1:], block.experts.up[2]).relu() for x in xs]
+    sent = {
+        "experts.up": ([x[0, :1] for x in xs], [x[0, 1:] for x in xs]),
+        "experts.down": (inner, other),
+    }
+    alone = [(i,) for i in range(8)]
+    for name, (first, last) in sent.items():
+        found = expert_moments(task, name, {}, alone, range(3))
+        assert found is not None
+        assert found.tokens.tolist() == [8, 0, 72]
+        assert found.routed == 80
+        for got, rows in ((found.h[0], first), (found.h[2], last), (found.together, first + last)):
+            x = torch.cat(rows).double()
+            close = {"rtol": 0.02, "atol": 0.02 * float((x.t() @ x).diagonal().mean())}
+            assert torch.allclose(got.double(), x.t() @ x, **close)
+        assert not found.h[1].any()
+        part = expert_moments(task, name, {}, alone, range(2, 3))
+        assert part is not None
+        assert torch.equal(part.h[0], found.h[2])
+
+
+def test_an_expert_without_tokens_is_rounded_for_those_of_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, task, _ = routed()
+    Search().run(task)
+    Feedback(1).run(task)
+    assert task.report["sparse_experts"] == 4  # expert 0 has 8 tokens, expert 1 none; two weights
+    assert set(task.fixed) == set(task.layers)
+    whole = {name: layer.w for name, layer in task.layers.items()}
+    _, task, _ = routed()
+    monkeypatch.setattr("autoround.stages.feedback.AT_ONCE", 1)  # an expert a pass
+    Search().run(task)
+    Feedback(1).run(task)
+    assert all(torch.equal(task.layers[name].w, w) for name, w in whole.items())
