@@ -62,8 +62,8 @@ class Store:
 
     def rest(self) -> None:
         """Give back the memory of a file's pages; what they hold stays and comes back when read."""
-        if self.in_file:
-            self._memory.madvise(mmap.MADV_DONTNEED)
+        assert self.in_file
+        self._memory.madvise(mmap.MADV_DONTNEED)
 
 
 class Pool:
@@ -85,9 +85,12 @@ class Pool:
         return self._stores[-1]
 
     def rest(self) -> None:
-        """Give back the memory of all files' pages."""
-        for store in self._stores:
+        """Give back the memory of files' pages, and then all that the C library keeps as well."""
+        filed = [store for store in self._stores if store.in_file]
+        for store in filed:
             store.rest()
+        if filed:
+            trim()
 
 
 def trim() -> None:
