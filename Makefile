@@ -41,9 +41,11 @@ types: install
 
 check: lint types test
 
-# Our directories in Intel's auto-round and theirs in ours, in an environment of its own.
+# Our files in the programs they are for, each in an environment of its own, and Intel's in ours.
+# READER=mlx asks one of them.
 interop: install
-	$(PY) tests/interop/run_auto_round.py
+	$(PY) tests/interop/run.py $(if $(READER),--readers $(READER))
+	$(if $(filter-out auto-round,$(READER)),,$(PY) tests/interop/run_auto_round.py)
 
 # llama.cpp and auto-round-lib, for `python -m benchmarks ops|decode`: compiles for minutes.
 peers: install

@@ -40,8 +40,8 @@ class Reader:
     """What an engine takes of a format. ``takes``: (bits, sym) it has a kernel for.
 
     ``groups``: group sizes, -1 = a row. ``tile``: N and K of a layer as it is built are multiples
-    of these. ``one_group``: the format's config has room for one group size. ``why``: for those it
-    does not read at all.
+    of these. ``one_group``: the format's config has room for one group size. ``experts``: it has
+    kernels for these, too. ``why``: for those it does not read at all.
     """
 
     engine: str
@@ -50,6 +50,7 @@ class Reader:
     groups: tuple[int, ...] = (-1, 32, 64, 128)
     tile: tuple[int, int] = (1, 1)
     one_group: bool = False
+    experts: bool = True
     why: str = ""
 
 
@@ -104,7 +105,7 @@ READERS: tuple[Reader, ...] = (
     Reader("sglang", ("auto_gptq", "auto_gptq:v2"), _SYM_4_8, tile=_MARLIN),
     Reader("sglang", ("auto_awq",), _FOUR, one_group=True),
     Reader("sglang", ("llm_compressor",), _SYM_4_8 | _FOUR, tile=_MARLIN),
-    Reader("sglang", ("llm_compressor:int",), frozenset({(8, True)}), groups=(-1,)),
+    Reader("sglang", ("llm_compressor:int",), frozenset({(8, True)}), groups=(-1,), experts=False),
     *(
         Reader(engine, formats, why=why)
         for engine in ("vllm", "sglang")
@@ -164,6 +165,8 @@ def _mixed(reader: Reader, layer: Layer) -> str | None:
 def _scheme(reader: Reader, layer: Layer) -> str | None:
     for scheme in _quantized(layer):
         kind = (scheme.bits, scheme.sym)
+        if layer.experts and not reader.experts:
+            return f"{reader.engine} has no kernel for experts in this format"
         if kind not in reader.takes:
             where = [r.formats[0] for r in READERS if r.engine == reader.engine and kind in r.takes]
             there = f"; it has in {', '.join(where)}" if where else ""

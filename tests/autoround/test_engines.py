@@ -130,6 +130,14 @@ def test_formats_an_engine_does_not_read(engine: str, format: str, words: str) -
     assert found.remedy is None
 
 
+def test_experts_without_a_kernel_are_kept() -> None:
+    rows = dict.fromkeys(MOE, Scheme(8, -1))
+    assert violations("vllm", "llm_compressor:int", rows, MOE) == []
+    (found,) = violations("sglang", "llm_compressor:int", rows, MOE)
+    assert "no kernel for experts" in found.reason
+    assert found.remedy == dict.fromkeys(EXPERTS, KEPT)
+
+
 def test_asymmetric_with_other_widths_would_be_packed_raw() -> None:
     # auto_round then writes the packing that neither engine knows: 4 bits go, other widths do not.
     assert violations("vllm", "auto_round", dict.fromkeys(LLAMA, ASYM), LLAMA) == []
