@@ -4,7 +4,7 @@
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from importlib.metadata import version
@@ -109,19 +109,16 @@ class Artefact:
 
     def put(self, module: Module, q: QTensor) -> None:
         """Write one module's plain weight; its tensors must not be changed afterwards."""
-        self._wait()
-        self._writing = [
-            thread.submit(export.put, module, q)
-            for thread, export in zip(self._threads, self.exports, strict=True)
-        ]
+        self._hand(lambda export: export.put(module, q))
 
     def keep(self, key: str, raw: Tensor) -> None:
         """Write one tensor that stays."""
+        self._hand(lambda export: export.keep(key, raw))
+
+    def _hand(self, write: Callable[[Export], None]) -> None:
         self._wait()
-        self._writing = [
-            thread.submit(export.keep, key, raw)
-            for thread, export in zip(self._threads, self.exports, strict=True)
-        ]
+        pairs = zip(self._threads, self.exports, strict=True)
+        self._writing = [thread.submit(write, export) for thread, export in pairs]
 
     def _wait(self) -> None:
         """For the tensor before: no more than one is held back. Raises what its writers raised."""

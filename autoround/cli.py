@@ -3,6 +3,7 @@
 
 import sys
 from enum import StrEnum
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -173,6 +174,9 @@ def quantize(
         bool, typer.Option("--trust-remote-code", help="Run the checkpoint's own Python code.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, and stop; also `plan`.")
+    ] = False,
 ) -> None:
     """Quantize a model into a new directory."""
     from autoround.options import build_recipe, default_output, parse_layer_config, split_names
@@ -212,8 +216,28 @@ def quantize(
         raise InputError("give -o (the directory itself) or --output-dir (its parent), not both")
     if nsamples and (budget or target_kl):
         raise InputError("budget and target_kl choose the samples; leave nsamples out")
+    if dry_run:
+        _outlook(built, model, output or named, (device_map, trust_remote_code))
+        return
     how = (device_map, trust_remote_code, low_cpu_mem_usage, quiet)
     _run(built, model, output or named, how, (budget, target_kl))
+
+
+@app.command(name="plan", help="Say what `quantize` would do, to the byte, from headers alone.")
+@wraps(quantize)
+def _plan(**options: Any) -> None:
+    quantize(**{**options, "dry_run": True})
+
+
+def _outlook(recipe: Any, model: str, output: Path, how: tuple[str | None, bool]) -> None:
+    from autoround.options import device_by_name
+    from autoround.outlook import outlook
+    from autoround.run import Source
+    from autoround.terminal import outlook_tables
+
+    found = outlook(recipe, Source(model, device_by_name(how[0]), how[1]), output)
+    for part in outlook_tables(found):
+        _console(False).print(part, soft_wrap=isinstance(part, str))
 
 
 def _run(

@@ -38,8 +38,8 @@ class Scheme:
             )
 
     def __str__(self) -> str:
-        group = "whole rows" if self.group_size == -1 else f"group {self.group_size}"
-        return f"{self.bits} bits, {group}, {'' if self.sym else 'a'}symmetric"
+        group = "row" if self.group_size == -1 else f"g{self.group_size}"
+        return f"{self.bits} bits {group} {'sym' if self.sym else 'asym'}"
 
     @property
     def spec(self) -> Spec | None:

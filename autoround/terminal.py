@@ -14,6 +14,7 @@ from rich.table import Table
 if TYPE_CHECKING:  # a run that builds no model imports no transformers
     from autoround.calib import TokenSet
     from autoround.evaluate import Evaluation
+    from autoround.outlook import Outlook
     from autoround.plan import ModelPlan
     from autoround.run import BlockReport, Run
 
@@ -87,6 +88,27 @@ class Terminal:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def outlook_tables(found: "Outlook") -> list[Table | str]:
+    """Every kind of weight, then every file."""
+    kinds = Table("weights", "count", "shape", "becomes", "size", "kernels, or why kept")
+    kinds.columns[0].overflow = "fold"
+    for kind in found.kinds:
+        shape = " x ".join(map(str, kind.shape))
+        size = _bytes(kind.nbytes)
+        kinds.add_row(kind.name, str(kind.count), shape, kind.scheme, size, kind.kernels)
+    files = Table("file", "bytes")
+    for directory, sizes in found.files.items():
+        for name, nbytes in sizes.items():
+            files.add_row(str(directory / name), f"{nbytes:,}")
+    files.add_row("all", f"{found.nbytes:,}")
+    plan = found.plan
+    said = (
+        f"{len(plan.layers)} weights quantized at {plan.bits_per_weight:.3f} bits; "
+        f"{_bytes(found.free)} free on the disk"
+    )
+    return [kinds, files, said]
 
 
 def summary(run: "Run", source_bytes: int) -> Table:

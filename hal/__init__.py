@@ -24,7 +24,7 @@ from hal.ops import (
     search,
     settle,
 )
-from hal.plan import Weight
+from hal.plan import Weight, plan_kernels
 from hal.qtensor import Params, Part, QTensor
 from hal.registry import Caps, Case, Kernel, Unsupported, explain
 from hal.spec import Act, Spec
@@ -54,6 +54,7 @@ __all__ = [
     "join",
     "only",
     "pack",
+    "plan_kernels",
     "prepare",
     "qdq",
     "qdq_step_",

@@ -68,6 +68,13 @@ class Weight:
 WEIGHTS: WeakValueDictionary[int, Weight] = WeakValueDictionary()
 
 
+def plan_kernels(
+    spec: Spec, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> tuple[tuple[int, Kernel], ...]:
+    """What `prepare` would choose for an exact product: (largest M, kernel) in rising order."""
+    return plan(QTensor(spec, shape, "plain", {}), dtype, device)
+
+
 def plan(
     q: QTensor, dtype: torch.dtype, target: torch.device, act: Act | None = None
 ) -> tuple[tuple[int, Kernel], ...]:

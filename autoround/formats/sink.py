@@ -67,10 +67,7 @@ class ShardSink:
     @property
     def names(self) -> list[str]:
         """File names of the finished shards."""
-        if len(self._shards) == 1:
-            return ["model.safetensors"]
-        count = len(self._shards)
-        return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        return _names(len(self._shards))
 
     def __enter__(self) -> Self:
         try:
@@ -83,15 +80,8 @@ class ShardSink:
         return self
 
     def _open(self, index: int, shard: list[Stored]) -> None:
-        header, offset = {"__metadata__": {"format": self._metadata}}, 0
-        for stored in shard:
-            end = offset + stored.nbytes
-            row = {"dtype": stored.dtype, "shape": stored.shape, "data_offsets": [offset, end]}
-            header[stored.name] = row  # type: ignore[assignment]
-            offset = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        start, size = 8 + len(text), 8 + len(text) + offset
+        header = _header(shard, self._metadata)
+        start, size = len(header), len(header) + sum(stored.nbytes for stored in shard)
         path = self.directory / (self.names[index] + PARTIAL)
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         self._files.append(file)
@@ -102,7 +92,7 @@ class ShardSink:
                 f"{self.directory} cannot hold {size / 1e9:.2f} GB ({error.strerror}); "
                 "free some space or choose another -o"
             ) from error
-        os.pwrite(file, len(text).to_bytes(8, "little") + text, 0)
+        os.pwrite(file, header, 0)
         for stored in shard:
             self._places[stored.name] = _Place(index, start, stored)
             start += stored.nbytes
@@ -172,6 +162,34 @@ class ShardSink:
         self._files = []
         for name in self.names:
             (self.directory / (name + PARTIAL)).unlink(missing_ok=True)
+
+
+def file_sizes(tensors: Sequence[Stored], max_shard: int, metadata: str) -> dict[str, int]:
+    """Name and bytes of every file that a `ShardSink` writes for these tensors."""
+    shards = _split(tensors, max_shard)
+    sizes = [len(_header(shard, metadata)) + sum(t.nbytes for t in shard) for shard in shards]
+    return dict(zip(_names(len(shards)), sizes, strict=True))
+
+
+def _names(count: int) -> list[str]:
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def _header(shard: Sequence[Stored], metadata: str) -> bytes:
+    """The first bytes of a file: length, then names, dtypes, shapes and places, padded to 8."""
+    header: dict[str, object] = {"__metadata__": {"format": metadata}}
+    offset = 0
+    for stored in shard:
+        end = offset + stored.nbytes
+        header[stored.name] = {
+            "dtype": stored.dtype, "shape": stored.shape, "data_offsets": [offset, end]
+        }  # fmt: skip
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _split(tensors: Sequence[Stored], max_shard: int) -> list[list[Stored]]:
