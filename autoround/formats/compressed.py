@@ -95,8 +95,11 @@ def read(parts: Parts) -> QTensor:
     module = Module("", "", spec, (n, k), act_order=g_idx is not None)
     plain: Parts = {"scale": scale.reshape(-1, groups)}
     wanted = (_stored_packed if codes is None else _stored_bytes)(module, None)
+    if zero is not None and zero.dtype == torch.int8:  # before 0.10: one a byte, signed
+        wanted["weight_zero_point"] = (torch.int8, (n, groups))
+        plain["zero"] = (zero.to(torch.int16) + spec.half).to(torch.uint8)
     check({**parts, "weight_scale": plain["scale"]}, wanted, (n, k))
-    if zero is not None:
+    if zero is not None and "zero" not in plain:
         plain["zero"] = _t(unpack_stream(_t(zero), bits))
     if codes is None:
         held = {"qweight": parts["weight_packed"], **plain}

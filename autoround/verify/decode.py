@@ -118,7 +118,9 @@ def compressed(parts: Parts) -> Numbers:
     else:
         stored, k = parts["weight_packed"], int(parts["weight_shape"][1])
         bits = 32 * stored.shape[1] // k
-    if "weight_zero_point" in parts:
+    if "weight_zero_point" in parts and parts["weight_zero_point"].dtype == torch.int8:
+        zero = parts["weight_zero_point"].to(torch.int16) + (1 << (bits - 1))
+    elif "weight_zero_point" in parts:
         zero = stream(parts["weight_zero_point"].t(), bits).t().to(torch.int16)
     else:
         zero = torch.full(scale.shape, 1 << (bits - 1), dtype=torch.int16)

@@ -290,6 +290,25 @@ def test_from_pretrained_with_our_config(format: str, runs: Runs) -> None:
         assert (got - wanted).abs().max() < 2e-5 * wanted.abs().max()
 
 
+def test_zero_points_of_an_older_llm_compressor(runs: Runs, tmp_path: Path) -> None:
+    """One signed byte each, not packed; and scales in bf16, which f16 holds or not."""
+    run = runs("llama", sym=False)
+    shutil.copytree(run / "llm_compressor", tmp_path / "old")
+    tensors, modules = load_file(tmp_path / "old/model.safetensors"), oracle.decode_all(run)
+    for name, one in modules.items():
+        tensors[f"{name}.weight_zero_point"] = torch.tensor(one.zero - 8).to(torch.int8).contiguous()
+        tensors[f"{name}.weight_scale"] = tensors[f"{name}.weight_scale"].bfloat16()
+    save_file(tensors, tmp_path / "old/model.safetensors", {"format": "pt"})
+    (tmp_path / "old/autoround.json").unlink()
+    rows = formats_by_names("auto_gptq:v2,fake:float32")
+    assert all(v.ok for v in convert(tmp_path / "old", rows, tmp_path / "o", SHARD))
+    dense = oracle.read(tmp_path / "o/fake-float32")
+    for name, one in modules.items():
+        scale = tensors[f"{name}.weight_scale"].double().numpy().repeat(32, 1)
+        w = (one.codes - one.zero.repeat(32, 1)) * scale
+        assert (dense[f"{name}.weight"].numpy() == w).all(), name
+
+
 def test_a_checkpoint_of_gptqmodel(runs: Runs, tmp_path: Path) -> None:
     """Its configs have a ``meta`` that transformers' own AutoRoundConfig refuses."""
     shutil.copytree(runs("llama") / "auto_gptq", tmp_path / "gptq")
