@@ -23,10 +23,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import autoround
-import hal
 from autoround import pipeline
 from autoround.checkpoint import resolve
-from autoround.integrations.packed import packed_files
+from autoround.formats import FORMATS, Quantized
 from autoround.options import build_recipe
 from hal import QExperts, QLinear
 
@@ -215,22 +214,18 @@ def _relative(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a - b).abs().amax(-1) / b.abs().max()
 
 
-def _same_bytes(directory: Path, own: dict[str, Any]) -> bool:  # of pgdoc
-    """Read every module by our loader and pack it by our writer: the file's tensors again."""
-    files = sorted(str(file) for file in directory.glob("*.safetensors"))
-    packed, stored = packed_files(files, own), {}
-    shapes = {
-        name.removesuffix(".weight"): (t.shape[0], t.shape[1])
-        for name, t in load_file(PGDOC / "model.safetensors").items() if t.ndim == 2
-    }  # fmt: skip
-    for file in files:
-        stored |= load_file(file)
-    for module in packed.modules:
-        again = hal.pack(packed.read([module], shapes[module]), packed.layout)
-        for part, tensor in again.parts.items():
-            if not torch.equal(tensor, stored[f"{module}.{part}"]):
-                return False
-    return bool(packed.modules)
+def _same_bytes(directory: Path, own: dict[str, Any]) -> bool:
+    """Read every module by our reader and pack it by our writer: the file's tensors again."""
+    files = Quantized(directory)
+    contents = files.contents()
+    rows = FORMATS["auto_round"].packings
+    packing = next(row for row in rows if row.name == own["packing_format"])
+    for module in contents.modules.values():
+        again = packing.pack(files.q(module.name), module, contents)
+        stored = files.parts(module.name)
+        if any(not torch.equal(tensor, stored[part]) for part, tensor in again.items()):
+            return False
+    return bool(contents.modules)
 
 
 def outcomes(peer: str, work: Path, word: str = "") -> Iterator[Outcome]:
