@@ -162,7 +162,7 @@ class Bound:
 
 
 BOUNDS: tuple[Bound, ...] = (
-    Bound("transformers|vllm", "llm_compressor:int", "", 5e-2, 1e-6, "activations in 8 bits"),
+    Bound("transformers|vllm", "llm_compressor:int", "", 0.1, 1e-6, "activations in 8 bits"),
     Bound("vllm", "auto_gptq|auto_awq", "moe", 0.25, 0.0, "activations of experts in 8 bits"),
     Bound("vllm", ".*", "", 2e-2, 0.0, "f16 throughout"),
     Bound("gptqmodel", ".*", "", 4e-2, 0.0, "products in bf16"),
