@@ -2,6 +2,7 @@
 """MLX: ``scales * code + biases``, in the dtype of the whole model (formats.md 5)."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -135,7 +136,22 @@ def mlx_config(contents: Contents, packing: Packing) -> dict[str, Any]:
     """mlx-lm's ``quantization``, twice: its readers look in either place."""
     settings = _settings(contents)
     name = str(dtype_of(contents)).removeprefix("torch.")
-    return {"quantization": settings, "quantization_config": settings, "torch_dtype": name}
+    own = {"quantization": settings, "quantization_config": settings, "torch_dtype": name}
+    return {**_as_published(contents.config), **own}
+
+
+def _as_published(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys that transformers 5 renamed, by the names mlx-lm looks for: it takes defaults for what
+    it does not find (a rope_theta of its own: logits of a qwen2 were 1.1 off)."""
+    own: dict[str, Any] = {}
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        own["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            own["rope_scaling"] = {key: v for key, v in rope.items() if key != "rope_theta"}
+    if "num_local_experts" in config:
+        own["num_experts"] = config["num_local_experts"]
+    return {key: value for key, value in own.items() if key not in config}
 
 
 def auto_round_mlx_config(contents: Contents, packing: Packing) -> dict[str, Any]:

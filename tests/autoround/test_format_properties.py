@@ -8,6 +8,7 @@ f16, groups of one level. The truth is ``scale * (code - zero)`` in f64 of the n
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -230,3 +231,26 @@ def test_mlx_tells_when_it_rounds(q: QTensor) -> None:
         error = float((scales * codes + biases - _truth(q)).abs().max())
         said = json.loads((run / "autoround.json").read_text())["largest_error"]
         assert error <= said * (1 + 1e-5) + 1e-12  # said: at both ends of the codes, in f32
+
+
+@pytest.mark.parametrize(
+    ("saved", "added"),
+    [
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, {"rope_theta": 5e5}),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}},
+            {"rope_theta": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        ),
+        ({"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 5e5}, {}),
+        ({"num_local_experts": 4}, {"num_experts": 4}),
+        ({"rope_theta": 1e4}, {}),
+    ],
+)
+def test_mlx_finds_what_transformers_5_renamed(
+    saved: dict[str, object], added: dict[str, object], tmp_path: Path
+) -> None:
+    contents = replace(_contents(tmp_path, {DOWN: _simple("s4:g32:f16", 0)}), config=saved)
+    row = FORMATS["mlx"]
+    own = row.config(contents, row.packings[0])
+    names = ("rope_theta", "rope_scaling", "num_experts")
+    assert {key: value for key, value in own.items() if key in names} == added
