@@ -23,6 +23,8 @@ from autoround.verify.claims import RULES, Claim
 from autoround.verify.decode import Numbers
 
 Task = Callable[[], None]
+#: Where readers look for the quantization beside config.json.
+COPIES = ("quantization_config.json", "quantize_config.json")
 #: Below a run's directory: our own files.
 CANONICAL = "canonical"
 
@@ -126,6 +128,7 @@ class _Check:
 
     def all(self, *, trusted: bool) -> None:
         self._index()
+        self._copies()
         tasks: list[Task] = []
         if self.run is None or self.contents is None:
             tasks += self._checksums(self.checkpoint, self.record, "")
@@ -156,6 +159,13 @@ class _Check:
             self._differs(f"{INDEX} says {total} bytes, the tensors have {held}")
         for name in self.checkpoint.entries.keys() - index["weight_map"].keys():
             self._differs(f"{name} is in a file and not in {INDEX}")
+
+    def _copies(self) -> None:
+        """Some readers look for ``quantization_config`` in a file of its own."""
+        own = self.checkpoint.config.get("quantization_config")
+        for name in COPIES:
+            if (self.path / name).is_file() and read_json(self.path / name) != own:
+                self._differs(f"{name} is not what config.json says")
 
     def _checksums(
         self, checkpoint: Checkpoint, record: dict[str, Any], whose: str

@@ -49,7 +49,9 @@ def awq(config: Config, name: str, inside: bool) -> Claim | None:
     """Names are looked for anywhere in a module's name."""
     if any(skip in name for skip in config.get("modules_to_not_convert") or ()):
         return None
-    return Claim(int(config["bits"]), int(config["group_size"]))
+    # Readers that are told of no zero points take the middle.
+    symmetric = None if config.get("zero_point", True) else True
+    return Claim(int(config["bits"]), int(config["group_size"]), symmetric)
 
 
 def compressed(config: Config, name: str, inside: bool) -> Claim | None:

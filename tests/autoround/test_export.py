@@ -296,7 +296,9 @@ def test_zero_points_of_an_older_llm_compressor(runs: Runs, tmp_path: Path) -> N
     shutil.copytree(run / "llm_compressor", tmp_path / "old")
     tensors, modules = load_file(tmp_path / "old/model.safetensors"), oracle.decode_all(run)
     for name, one in modules.items():
-        tensors[f"{name}.weight_zero_point"] = torch.tensor(one.zero - 8).to(torch.int8).contiguous()
+        tensors[f"{name}.weight_zero_point"] = (
+            torch.tensor(one.zero - 8).to(torch.int8).contiguous()
+        )
         tensors[f"{name}.weight_scale"] = tensors[f"{name}.weight_scale"].bfloat16()
     save_file(tensors, tmp_path / "old/model.safetensors", {"format": "pt"})
     (tmp_path / "old/autoround.json").unlink()

@@ -171,6 +171,8 @@ def _group_size(f: Files) -> None:
 def _symmetric(f: Files) -> None:
     if "config_groups" in f.own:
         next(iter(f.own["config_groups"].values()))["weights"]["symmetric"] = True
+    elif "zero_point" in f.own:
+        f.own["zero_point"] = False
     else:
         f.own["sym"] = True
 
@@ -209,7 +211,7 @@ def _version(f: Files) -> None:
 GPTQ = FORMATS[:4]
 PACKED = tuple(f for f in FORMATS if not f.startswith("fake"))
 ASYM = tuple(f for f in PACKED if f not in EIGHT)
-SAYS_SYM = tuple(f for f in ASYM if f not in ("auto_awq", "mlx"))
+SAYS_SYM = tuple(f for f in ASYM if f != "mlx")
 #: Damage -> formats it can happen to, and a word that must be in a difference.
 MUTATIONS: dict[str, tuple[Callable[[Files], None], tuple[str, ...], str]] = {
     "a bit of the codes": (_code_bit, FORMATS, EXPERT),
@@ -321,6 +323,15 @@ def test_a_tensor_in_two_shards(format: str, files: Callable[..., Any]) -> None:
     _shards(copy, key)
     verdict = verify(copy.path, run)
     assert any(key in difference for difference in verdict.differences), verdict.differences
+
+
+@pytest.mark.parametrize("name", ["quantization_config.json", "quantize_config.json"])
+def test_the_config_in_a_file_of_its_own(name: str, files: Callable[..., Any]) -> None:
+    copy, run = files("auto_gptq:v2")
+    assert json.loads((copy.path / name).read_text()) == copy.own
+    (copy.path / name).write_text(json.dumps(copy.own | {"bits": 8}))
+    verdict = verify(copy.path, run)
+    assert verdict.differences == [f"{name} is not what config.json says"]
 
 
 def test_shards_alone_are_no_damage(files: Callable[..., Any]) -> None:
