@@ -3,7 +3,8 @@
 
 Every row takes turns with two probes (csrc/probe.h): reading the same bytes, and multiplying
 registers as fast as the instruction set can. Numbers are medians over the turns, ratios medians of
-each turn's ratio, so that a neighbour on the machine slows both sides of a ratio.
+each turn's ratio, so that a neighbour on the machine slows both sides of a ratio. On one thread
+they are that thread's own time.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,15 +26,20 @@ from torch.nn import functional as F
 import hal
 from benchmarks._peer import ABSENT, Peer, installed
 from hal.backends import cpu
+from hal.memory import host
 
 #: A run may return its own seconds, measured where it happened.
 Run = Callable[[], object]
 Torch = Callable[[Tensor, int], Tensor]
+Clock = Callable[[], float]
 
 
 #: 4-bit products of other libraries, whatever our width: groups of 128; Q4_0 and Q4_K have 32.
 PEERS = ("auto-round-lib", "ggml Q4_0", "ggml Q4_K")
 PEER_GROUP = 128
+#: Seconds for which a run is repeated before it is timed: behind torch's dense product 4 bits at
+#: m = 1 read at .59 of the probe in their second run, at .89 from the fifth on.
+WARM = 0.002
 FULL_SHAPES = (
     (4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (1024, 4096), (151936, 2048),
     (768, 768), (5120, 13824),
@@ -81,7 +87,12 @@ HEAD = (
 )
 
 
-def turns(runs: Sequence[Run], budget: float) -> list[list[float]]:
+def clock(threads: int) -> Clock:
+    """One thread: its own time, in which neighbours do not count; more: what the wall shows."""
+    return time.thread_time if threads == 1 else time.perf_counter
+
+
+def turns(runs: Sequence[Run], budget: float, clock: Clock) -> list[list[float]]:
     """Seconds of each run in each turn, for ``budget`` seconds in all.
 
     At least five turns, unless they take more than ten times the budget.
@@ -95,11 +106,14 @@ def turns(runs: Sequence[Run], budget: float) -> list[list[float]]:
         or (spent := time.perf_counter() - began) < budget
         or (len(times) < 5 and spent < 10 * budget)
     ):
-        own = []
+        own: list[float] = []
         for run in runs:
-            start = time.perf_counter()
+            warm = time.perf_counter() + WARM
+            while time.perf_counter() < warm:
+                run()
+            start = clock()
             told = run()
-            seconds = time.perf_counter() - start
+            seconds = clock() - start
             own.append(told if isinstance(told, float) else seconds)
         times.append(own)
     return times
@@ -136,7 +150,7 @@ def dense(w: Tensor) -> Torch:
 
 def copies_of(ready: hal.Weight, count: int) -> list[hal.Weight]:
     def clone() -> hal.Weight:
-        parts = {name: t.clone() for name, t in ready.parts.items()}
+        parts = {name: host(t.shape, t.dtype).copy_(t) for name, t in ready.parts.items()}
         return dataclasses.replace(ready, parts=parts, handle=None)
 
     return [clone() for _ in range(count)]
@@ -146,31 +160,36 @@ def products(options: argparse.Namespace) -> list[Row]:
     """Every shape, spec, place, m and number of threads."""
     rows = []
     with contextlib.ExitStack() as stack:
-        peer = stack.enter_context(Peer("kernels_server.py")) if installed() else None
-        if peer is None:
+        # A process each: ggml sets its matrix unit up once, auto-round-lib anew for every product.
+        names = PEERS if installed() else ()
+        peers = {name: stack.enter_context(Peer("kernels_server.py")) for name in names}
+        if not peers:
             print(f"{', '.join(PEERS)} {ABSENT}")
         places = {"hot": 0, "cold": int(options.cold * 1e9)}
         for shape, (place, size) in itertools.product(options.shape, places.items()):
             if place == "hot" or size:
-                rows += products_of(tuple(shape), place, size, peer, options)
+                rows += products_of(tuple(shape), place, size, peers, options)
     return rows
 
 
 def products_of(
-    shape: tuple[int, int], place: str, size: int, peer: Peer | None, options: argparse.Namespace
+    shape: tuple[int, int],
+    place: str,
+    size: int,
+    peers: Mapping[str, Peer],
+    options: argparse.Namespace,
 ) -> list[Row]:
     """One shape: hot = one copy, cold = rotating over ``size`` bytes of each weight."""
     n, k = shape
     w = torch.randn(n, k).bfloat16()
     linear, four = dense(w), int4pack(w, PEER_GROUP)
     few = max(1, size // (n * k // 2))
-    found = []
-    for name in PEERS if peer else ():
-        assert peer is not None
+    found = {}
+    for name, peer in peers.items():
         if reason := peer.ask("weight", name, n, k, PEER_GROUP, few):
             print(f"{name}: {reason}")
         else:
-            found.append(name)
+            found[name] = peer
     rows = []
     for text in options.spec:
         spec = hal.Spec.parse(text)
@@ -180,7 +199,7 @@ def products_of(
         pool = copies_of(ready, max(1, size // ready.nbytes))
         others = (max(1, size // (n * k * 2)), few)
         torches = (linear, four, others)
-        bench = Bench(text, shape, place, pool, *torches, peer, found, options.seconds)
+        bench = Bench(text, shape, place, pool, *torches, found, options.seconds)
         for m, t in itertools.product(options.m, options.threads):
             torch.set_num_threads(t)
             rows.append(product(bench, m, t))
@@ -199,15 +218,14 @@ class Bench:
     linear: Torch
     four: Torch
     copies: tuple[int, int]
-    peer: Peer | None
-    peers: list[str]
+    peers: Mapping[str, Peer]
     budget: float
 
 
-def _seconds(peer: Peer | None, name: str, m: int, threads: int) -> float:
-    """NaN from the call on that a peer died in: ggml's products on AMX do with some compilers."""
+def _seconds(peer: Peer, name: str, m: int, threads: int) -> float:
+    """NaN from the call on that a peer died in."""
     try:
-        return float(peer.ask("run", name, m, threads)) if peer else math.nan
+        return float(peer.ask("run", name, m, threads))
     except (RuntimeError, BrokenPipeError):
         return math.nan
 
@@ -230,9 +248,9 @@ def product(b: Bench, m: int, threads: int) -> Row:
     probes: list[Run] = [read, lambda: native.probe_peak(isa, units, threads)]
     ops = native.probe_peak(isa, units, threads)
     codes = pool[0].parts["codes"].numel()
-    for name in b.peers:
-        peers.append(lambda name=name: _seconds(b.peer, name, m, threads))  # type: ignore[misc]
-    times = turns([ours, *probes, *peers], b.budget)
+    for name, peer in b.peers.items():
+        peers.append(lambda n=name, p=peer: _seconds(p, n, m, threads))  # type: ignore[misc]
+    times = turns([ours, *probes, *peers], b.budget, clock(threads))
 
     def over(of: Callable[[list[float]], float]) -> float:
         return statistics.median(of(own) for own in times)
@@ -316,7 +334,7 @@ def sweeps(n: int, k: int, budget: float) -> None:
                 run()
                 del os.environ["HAL_BACKEND"]
 
-            times = turns([run, reference], budget)
+            times = turns([run, reference], budget, clock(torch.get_num_threads()))
             t, slow = (statistics.median(own) for own in zip(*times, strict=True))
             print(f"{verb:12} {text:16} {t * 1e3:9.2f} {n * k / t / 1e9:11.2f} {slow / t:12.1f}")
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import hal
+from benchmarks.ops import clock
 from hal.backends import cpu, reference
 
 Run = Callable[[], object]
@@ -65,9 +66,10 @@ HEAD = (
 
 
 def seconds(run: Run) -> float:
-    start = time.perf_counter()
+    now = clock(torch.get_num_threads())
+    start = now()
     run()
-    return time.perf_counter() - start
+    return now() - start
 
 
 def measure(verb: Verb, threads: int, budget: float) -> Row:

@@ -2,8 +2,9 @@
 """Single products of other libraries: questions in JSON lines on stdin, answers on stdout.
 
 ["weight", engine, n, k, group, copies] -> null or why not; ["run", engine, m, threads] -> seconds
-of one product, the next copy each time. Engines: auto-round-lib, ggml Q4_0, ggml Q4_K. ggml may
-keep a weight in several forms in memory; the one that was fastest for (m, threads) is used.
+of one product, the next copy each time: of the process on one thread, of the wall on more. Engines,
+one a process: auto-round-lib, ggml Q4_0, ggml Q4_K. ggml may keep a weight in several forms in
+memory; the one that was fastest for (m, threads) is used.
 """
 
 import ctypes
@@ -41,11 +42,12 @@ class AutoRoundLib:
             set_threads(threads)
         x = torch.randn(m, self.k)
         self.blobs.append(self.blobs.pop(0))
-        start = time.perf_counter()
+        clock = time.process_time if threads == 1 else time.perf_counter
+        start = clock()
         self.ark.woqgemm(
             x, self.blobs[0], self.bias, self.n, self.k, self.group, "auto", "int4", "fp32", False
         )
-        return time.perf_counter() - start
+        return clock() - start
 
 
 class Context(ctypes.Structure):
@@ -158,6 +160,7 @@ class Ggml:
 
     def run(self, m: int, threads: int) -> float:
         self.library.threads(self.library.backend, threads)
+        self.clock = time.process_time if threads == 1 else time.perf_counter
         if (m, threads) not in self.best:
             made = [[self._product(w, m) for w in weights] for weights in self.forms]
             times = [self._typical(graphs) for graphs in made]
@@ -174,9 +177,9 @@ class Ggml:
         return statistics.median(times)
 
     def _time(self, graph: int) -> float:
-        start = time.perf_counter()
+        start = self.clock()
         assert self.library.compute(self.library.backend, graph) == 0
-        return time.perf_counter() - start
+        return self.clock() - start
 
 
 def main() -> None:
