@@ -2,6 +2,8 @@
 """A safetensors checkpoint directory, read by its headers; tensors are mapped when asked for."""
 
 import json
+import math
+import mmap
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -21,6 +23,14 @@ SHARD = re.compile(r"^.+-\d{5}-of-(\d{5})\.safetensors$")
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 SCAN = 1 << 26  # bytes read at a time when looking for NaN
 FLOATS = {"F16", "BF16", "F32", "F64"}
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32, "C64": torch.complex64,
+    "I64": torch.int64, "U64": torch.uint64, "F64": torch.float64,
+}  # fmt: skip
 # What a runtime may want beside the weights; no weights, git files or documentation.
 COMPANIONS = (
     "tokenizer*", "*.tiktoken", "*.model", "vocab.*", "merges.txt", "added_tokens.json",
@@ -90,8 +100,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Checkpoint:
-    """A validated checkpoint directory. Only headers are held; every tensor read opens its shard
-    afresh, so that a mapping lives exactly as long as the tensors handed out. One that is quantized
+    """A validated checkpoint directory. Only headers are held; every tensor is mapped afresh, so
+    that a mapping lives exactly as long as the tensor handed out. One that is quantized
     is refused unless ``quantized`` says that it may be."""
 
     def __init__(self, path: str | Path, *, quantized: bool = False) -> None:
@@ -203,19 +213,38 @@ class Checkpoint:
             )
         return self.entries[name]
 
-    def get(self, name: str) -> Tensor:
-        """One tensor, mapped without a copy; writing to it changes neither file nor later reads."""
-        return self.tensors([name])[name]
+    def get(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """One tensor, or some of its rows, mapped without a copy; writing to it changes neither
+        file nor later reads. The mapping lives as long as the tensor.
+
+        The header was read once: opening a shard anew for each of its thousands of tensors would
+        take longer than reading them.
+        """
+        entry = self.entry(name)
+        dtype = DTYPES.get(entry.dtype)
+        if dtype is None:
+            raise InputError(f"{name} is stored in {entry.dtype}, which cannot be read")
+        begin, end, _ = rows.indices(entry.shape[0] if entry.shape else 1)
+        shape = (max(end - begin, 0), *entry.shape[1:]) if entry.shape else ()
+        size = math.prod(shape) * dtype.itemsize
+        if not size:
+            return torch.empty(shape, dtype=dtype)
+        start = entry.start + begin * (entry.nbytes // entry.shape[0] if entry.shape else 0)
+        page = start % mmap.ALLOCATIONGRANULARITY
+        try:
+            with entry.file.open("rb") as file:
+                held = mmap.mmap(
+                    file.fileno(), page + size, access=mmap.ACCESS_COPY, offset=start - page
+                )
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{entry.file} changed or broke since it was opened ({error}); {AGAIN}"
+            ) from error
+        return torch.frombuffer(held, dtype=torch.uint8, offset=page).view(dtype).view(shape)
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Several tensors, opening each shard once; the mapping is freed with its tensors."""
-        with self.open(names) as slices:
-            return {name: piece[...] for name, piece in slices.items()}
-
-    def slice(self, name: str) -> Any:
-        """A safetensors slice: indexing reads only those rows; it keeps its shard mapped."""
-        with self.open([name]) as slices:
-            return slices[name]
+        """Several tensors, each a mapping of its own."""
+        return {name: self.get(name) for name in names}
 
     @contextmanager
     def open(self, names: Iterable[str]) -> Iterator[Mapping[str, Any]]:
@@ -252,8 +281,7 @@ class Checkpoint:
 
     def _unfinite(self, name: str, begin: int, end: int) -> int:
         # A mapping of its own: the pages of a piece leave this process before the next is read.
-        piece = self.slice(name)
-        x = piece[begin:end] if piece.get_shape() else piece[...]
+        x = self.get(name, slice(begin, end))
         low, high = torch.aminmax(x)  # one pass without a temporary; both propagate NaN
         return 0 if low.isfinite() and high.isfinite() else int((~x.isfinite()).sum())
 

@@ -20,12 +20,13 @@ BITS = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where one tensor lies: shard, safetensors dtype ("BF16"), shape, bytes."""
+    """Where one tensor lies: shard, safetensors dtype ("BF16"), shape, bytes, first byte."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    start: int
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -51,9 +52,12 @@ def read_header(path: Path) -> dict[str, Entry]:
     if at != (held := size - 8 - len(head)):
         raise InputError(f"{path} holds {held} bytes of {at}: truncated or overlong; {AGAIN}")
     return {
-        name: Entry(path, table[name]["dtype"], tuple(table[name]["shape"]), end - begin)
+        name: Entry(
+            path, table[name]["dtype"], tuple(table[name]["shape"]), end - begin,
+            8 + len(head) + begin,
+        )
         for begin, end, name in sorted(rows)
-    }
+    }  # fmt: skip
 
 
 def _read(path: Path) -> tuple[int, bytes]:

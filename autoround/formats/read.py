@@ -243,9 +243,10 @@ class Quantized:
             if keys[part] not in self.checkpoint.entries:
                 raise InputError(f"{name} has no {part} in {self.path}; {AGAIN}")
         held = {part: key for part, key in keys.items() if key in self.owned}
-        with self.checkpoint.open(held.values()) as slices:
-            read = {part: slices[key] for part, key in held.items()}
-            return {part: s[...] if index is None else s[index] for part, s in read.items()}
+        if index is None:
+            return {part: self.checkpoint.get(key) for part, key in held.items()}
+        row = slice(index, index + 1)
+        return {part: self.checkpoint.get(key, row)[0] for part, key in held.items()}
 
     def q(self, name: str) -> QTensor:
         """One module's plain weight. Raises InputError where its tensors do not fit together."""

@@ -334,8 +334,10 @@ class _Check:
             self._differs(f"{name} is here and not in the run")
 
     def _same_kept(self, run: Quantized, name: str, place: Place) -> None:
-        found, want = self.checkpoint.slice(place.name), run.kept(name)
-        have = found[...] if place.index is None else found[place.index]
+        want, index = run.kept(name), place.index
+        rows = slice(None) if index is None else slice(index, index + 1)
+        have = self.checkpoint.get(place.name, rows)
+        have = have if index is None else have[0]
         if not _same_bytes(have, want.to(have.dtype)):
             self._differs(f"{name} is not what the run has")
         elif have.dtype != want.dtype:

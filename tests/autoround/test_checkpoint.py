@@ -33,9 +33,26 @@ def test_checkpoint_reads(saved: Callable[..., Path]) -> None:
         )
         assert torch.equal(checkpoint.get(name), tensor)
     name = "model.layers.1.mlp.up_proj.weight"
-    assert torch.equal(checkpoint.slice(name)[5:9], raw[name][5:9])
+    assert torch.equal(checkpoint.get(name, slice(5, 9)), raw[name][5:9])
     checkpoint.get(name).zero_()
     assert torch.equal(checkpoint.get(name), raw[name])
+
+
+def test_tensors_at_odd_places(tmp_path: Path) -> None:
+    """A header of any length is legal, so elements need not lie at multiples of their size."""
+    values = torch.randn(7, 3)
+    for pad in range(1, 8):
+        row = {"dtype": "F32", "shape": [7, 3], "data_offsets": [0, 84]}
+        head = json.dumps({"w": row}).encode()
+        head += b" " * (-len(head) % 8 + pad)
+        raw = len(head).to_bytes(8, "little") + head + values.numpy().tobytes()
+        (tmp_path / "model.safetensors").write_bytes(raw)
+        (tmp_path / "config.json").write_text("{}")
+        checkpoint = Checkpoint(tmp_path)
+        assert torch.equal(checkpoint.get("w"), values)
+        assert torch.equal(checkpoint.get("w", slice(2, 5)) + 1, values[2:5] + 1)
+        checkpoint.get("w").zero_()
+        assert torch.equal(checkpoint.get("w"), values)
 
 
 def test_companions_travel(llama: Path) -> None:
