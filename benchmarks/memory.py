@@ -6,7 +6,9 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,6 +18,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 HERE = Path(__file__).parent
 MB = 1e6
+SMALL = {"batch_size": 4}
+#: Column -> what is asked of the run.
+RUNS: dict[str, dict[str, Any]] = {
+    "RTN": {"iters": 0},
+    "closed form": SMALL,
+    "the same, low memory": SMALL | {"low_cpu_mem_usage": True},
+    "2 steps": SMALL | {"iters": 2},
+}
 
 
 def main(argv: list[str]) -> None:
@@ -25,12 +35,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=[4, 16])
     parser.add_argument("-o", "--output", type=Path, default=Path(".cache/memory"))
     o = parser.parse_args(argv)
-    table = Table("blocks", "checkpoint", "peak, RTN", "peak, tuned")
+    table = Table("blocks", "checkpoint", "imports", *(f"peak, {name}" for name in RUNS))
     for depth in o.depths:
         where = o.output / f"llama-{depth}"
         size = _checkpoint(where, o.hidden, depth)
-        peaks = [_peak(where, o.output / f"out-{depth}-{iters}", iters) for iters in (0, 2)]
-        table.add_row(str(depth), f"{size / MB:.0f} MB", *(f"{p / MB:.0f} MB" for p in peaks))
+        found = [_peak(where, o.output / f"out-{depth}", asked) for asked in RUNS.values()]
+        sizes = (size, found[0]["start"], *(run["peak"] for run in found))
+        table.add_row(str(depth), *(f"{n / MB:.0f} MB" for n in sizes))
     Console().print(table)
 
 
@@ -50,16 +61,16 @@ def _checkpoint(where: Path, hidden: int, depth: int) -> int:
     return sum(f.stat().st_size for f in where.glob("*.safetensors"))
 
 
-def _peak(model: Path, output: Path, iters: int) -> int:
-    """Peak resident bytes of one quantization in a process of its own."""
+def _peak(model: Path, output: Path, asked: Mapping[str, Any]) -> dict[str, int]:
+    """Resident bytes before one quantization and at most, in a process of its own."""
     shutil.rmtree(output, ignore_errors=True)
     tokens = output.parent / "tokens.safetensors"
     _tokens(tokens)
-    steps = {"iters": iters, "batch_size": 4} if iters else {"iters": 0}
-    words = [str(model), str(tokens), str(output), json.dumps(steps)]
+    words = [str(model), str(tokens), str(output), json.dumps(asked)]
     command = [sys.executable, str(HERE / "peers" / "own.py"), *words]
     done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE)
-    return int(json.loads(done.stdout.splitlines()[-1])["peak"])
+    sizes: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return sizes
 
 
 def _tokens(path: Path) -> None:

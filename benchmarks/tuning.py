@@ -49,12 +49,17 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "peer alg_ext": ("auto-round", {"enable_alg_ext": True}),
     "peer best alg_ext": ("auto-round", {"enable_alg_ext": True, "iters": 1000}),
 }
+BEST = 512  #: samples of every method that is called best
 SCRIPTS = {OURS: "peers/own.py", "auto-round": "peers/intel_auto_round.py"}
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One run. ``loss``: mean KL of a language model, 1 - mean cosine of an encoder."""
+    """One run. ``loss``: mean KL of a language model, 1 - mean cosine of an encoder.
+
+    ``cpu``: processor seconds, compilers that the run starts included; on a shared machine the
+    truer time.
+    """
 
     model: str
     scheme: str
@@ -64,6 +69,7 @@ class Row:
     peak: int
     loss: float
     perplexity: float | None
+    cpu: float = 0.0
 
 
 def main(argv: list[str]) -> None:
@@ -108,9 +114,10 @@ def _run(key: tuple[str, str, str, int], o: argparse.Namespace) -> Row:
     """One row; the runner's last line is JSON with seconds, peak bytes and the directory."""
     model, scheme, method, seed = key
     source, (who, changes) = _directory(model), METHODS[method]
+    count = max(o.nsamples, BEST) if "best" in method else o.nsamples
     tokens = o.output / f"tokens-{model}-{seed}.safetensors"
     made = load_tokens(
-        None, load_tokenizer(source), nsamples=o.nsamples, seqlen=MODELS[model], seed=seed
+        None, load_tokenizer(source), nsamples=count, seqlen=MODELS[model], seed=seed
     )
     save_file({"ids": made.ids}, tokens)
     python = sys.executable if who == OURS else str(o.peer_python or _peer.environment(who))
@@ -123,29 +130,31 @@ def _run(key: tuple[str, str, str, int], o: argparse.Namespace) -> Row:
     found = evaluate(result["directory"], str(source))
     c = found.comparison
     loss = c.kl if c else 1 - (found.cosine or 0.0)
-    return Row(*key, result["seconds"], result["peak"], loss, c.perplexity if c else None)
+    perplexity = c.perplexity if c else None
+    return Row(*key, result["seconds"], result["peak"], loss, perplexity, result["cpu"])
 
 
 def _table(title: str, shown: Mapping[str, list[Row]]) -> Table:
     """Means over the seeds, beside the first method's."""
     first = next(iter(shown))
     table = Table(
-        "method", "loss", "spread", "perplexity", "seconds", "peak",
-        f"loss / {first}", f"time / {first}", title=title,
+        "method", "loss", "spread", "perplexity", "seconds", "CPU s", "peak",
+        f"loss / {first}", f"CPU / {first}", title=title,
     )  # fmt: skip
     base = shown[first]
     for method, rows in shown.items():
         losses = [r.loss for r in rows]
-        seconds = statistics.mean(r.seconds for r in rows)
+        seconds, cpu = (statistics.mean(getattr(r, k) for r in rows) for k in ("seconds", "cpu"))
         table.add_row(
             method,
             f"{statistics.mean(losses):.5f}",
             f"{max(losses) - min(losses):.5f}",
             f"{statistics.mean(r.perplexity or 0 for r in rows):.3f}" if rows[0].perplexity else "",
             f"{seconds:.1f}",
+            f"{cpu:.1f}" if cpu else "",
             f"{max(r.peak for r in rows) / 1e6:.0f} MB",
             f"{statistics.mean(losses) / statistics.mean(r.loss for r in base):.3f}",
-            f"{seconds / statistics.mean(r.seconds for r in base):.2f}",
+            f"{cpu / max(statistics.mean(r.cpu for r in base), 1e-9):.2f}" if cpu else "",
         )
     return table
 

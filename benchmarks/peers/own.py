@@ -20,11 +20,12 @@ def main() -> None:
     model, tokens, output, given = sys.argv[1:]
     changes = json.loads(given)
     ids = load_file(tokens)["ids"]
+    low = changes.pop("low_cpu_mem_usage", False)
     recipe = build_recipe(changes.pop("recipe", None), changes)
     if recipe.calibrates:
         count = min(len(ids), recipe.nsamples)
         recipe = replace(recipe, nsamples=count, seqlen=ids.shape[1])
-    source = Source(model, torch.empty(0).device)
+    source = Source(model, torch.empty(0).device, low_cpu_mem_usage=low)
     start, before = peak_bytes(), time.process_time()
     run = quantize(recipe, source, Path(output), dataset=[*ids[: recipe.nsamples]])
     cpu = time.process_time() - before
