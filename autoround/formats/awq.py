@@ -20,9 +20,13 @@ def _refuse(module: Module) -> str | None:
         return f"holds 4 bits, not {module.spec.bits}"
     if module.act_order:
         return "columns in activation order"
+    return whole(module)
+
+
+def _refuse_gemm(module: Module) -> str | None:
     if module.transposed:
         return "its readers know linear layers, not Conv1D"
-    return whole(module)
+    return _refuse(module)
 
 
 def _stored(module: Module, contents: Contents | None) -> Shapes:
@@ -55,7 +59,7 @@ def read(parts: Parts, said: int) -> QTensor:
 
 
 AUTO_AWQ = Packing("auto_round:auto_awq", _refuse, _stored, _pack)
-GEMM = Packing("gemm", _refuse, _stored, _pack)
+GEMM = Packing("gemm", _refuse_gemm, _stored, _pack)
 
 
 def awq_config(contents: Contents, packing: Packing) -> dict[str, Any]:
