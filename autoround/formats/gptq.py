@@ -122,6 +122,14 @@ AUTO_GPTQ = Packing(
     "auto_round:auto_gptq", _refuse(True, tuple(range(2, 9)), False), _stored(False),
     _pack(True, False),
 )  # fmt: skip
+#: What `auto_round` picks of it: asymmetric, neither vLLM nor SGLang nor auto-round's CPU kernels
+#: read it.
+SYMMETRIC = replace(
+    AUTO_GPTQ,
+    refuse=lambda module: (
+        AUTO_GPTQ.refuse(module) if module.spec.symmetric else "asymmetric: packed otherwise"
+    ),
+)
 RAW = Packing(
     "auto_round", _refuse(False, tuple(range(2, 9)), False), _stored(False), _pack(False, False)
 )

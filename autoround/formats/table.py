@@ -25,7 +25,7 @@ FORMATS: dict[str, Format] = {
     for row in (
         Format(
             "auto_round", "picks the first packing below that fits",
-            (gptq.AUTO_GPTQ, awq.AUTO_AWQ, gptq.RAW), gptq.auto_round_config, files=COPY,
+            (gptq.SYMMETRIC, awq.AUTO_AWQ, gptq.RAW), gptq.auto_round_config, files=COPY,
         ),
         Format(
             "auto_round:auto_gptq", "GPTQ words, zeros minus one",

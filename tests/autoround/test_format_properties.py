@@ -214,6 +214,21 @@ def test_a_zero_level_of_zero_has_no_place_in_version_1(tmp_path: Path) -> None:
         _write({DOWN: q}, [FORMATS["auto_gptq"]], tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("spec", "packing"),
+    [
+        ("s3:g32:f16", "auto_round:auto_gptq"),
+        ("u4:g32:f16:int", "auto_round:auto_awq"),
+        ("u3:g32:f16:int", "auto_round"),
+    ],
+)
+def test_auto_round_picks_what_engines_read(spec: str, packing: str, tmp_path: Path) -> None:
+    """Also where no zero level is 0, so that zero - 1 could be stored."""
+    run = _write({DOWN: _simple(spec, 0)}, [FORMATS["auto_round"]], tmp_path)
+    own = json.loads((run / "config.json").read_text())["quantization_config"]
+    assert own["packing_format"] == packing
+
+
 @settings(max_examples=25, deadline=None)
 @given(q=quantized())
 def test_mlx_tells_when_it_rounds(q: QTensor) -> None:

@@ -200,6 +200,8 @@ class Known:
 KNOWN: tuple[Known, ...] = (
     Known("REFUSED", "auto-round", "auto_round|auto_round:auto_awq", "", "'NoneType' and 'str'",
           "its AWQ kernels on a CPU need gptqmodel"),
+    Known("REFUSED", "auto-round", "auto_round:auto_gptq", "asym", "'NoneType' and 'str'",
+          "no kernel on a CPU for these words, asymmetric"),
     Known("REFUSED", "vllm", "auto_gptq.*", "asym", "Unsupported quantization config",
           "GPTQ in 4 and 8 bits, symmetric, only"),
     Known("REFUSED", "vllm", ".*", "w8",
@@ -235,7 +237,7 @@ KNOWN: tuple[Known, ...] = (
           "takes one kernel for all layers, which has 4 bits only"),
     Known("REFUSED", "optimum", "auto_gptq.*", "qkv of one block w8", "ignore_mismatched_sizes",
           "passes over `dynamic`"),
-    Known("REFUSED", "optimum", "auto_gptq.*", "one layer kept", "out of bounds|differs",
+    Known("REFUSED", "optimum", "auto_gptq.*", "kept", "out of bounds|differs",
           "passes over `dynamic`"),
     Known("MISREAD", "optimum", ".*", "lm_head", "", "never quantizes lm_head: it stays random"),
     Known("MISREAD", "optimum", ".*", "moe", "", "passes over experts: they stay random"),
