@@ -137,8 +137,8 @@ def compressed_config(contents: Contents, packing: Packing) -> dict[str, Any]:
     """A group for every scheme: its layers by class where it is the only one, else by their names.
 
     SGLang asks for the class before it looks for the parts of a fused layer, so a group by class
-    would take layers from groups by name. Every matrix that stays is in ``ignore``: one that is
-    missing there is read as quantized, with random scales.
+    would take layers from groups by name; vLLM's lm_head is of another class. Every matrix that
+    stays is in ``ignore``: one that is missing there is read as quantized, with random scales.
     """
     groups: dict[tuple[Scheme, bool], list[str]] = {}
     for module in contents.modules.values():
@@ -154,7 +154,7 @@ def compressed_config(contents: Contents, packing: Packing) -> dict[str, Any]:
             "kv_cache_scheme": None,
             "ignore": contents.kept_matrices,
             "config_groups": {
-                f"group_{i}": _group(key, packing, ["Linear"] if single else names)
+                f"group_{i}": _group(key, packing, ["Linear", *contents.heads] if single else names)
                 for i, (key, names) in enumerate(ordered)
             },
         }
