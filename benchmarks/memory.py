@@ -31,7 +31,7 @@ RUNS: dict[str, dict[str, Any]] = {
 def main(argv: list[str]) -> None:
     """Quantize random Llama checkpoints of growing depth; peak memory must stay where it is."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks memory", description=main.__doc__)
-    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--depths", type=int, nargs="+", default=[4, 16])
     parser.add_argument("-o", "--output", type=Path, default=Path(".cache/memory"))
     o = parser.parse_args(argv)
