@@ -7,6 +7,7 @@ words, least significant bit first, values may straddle words (formats.md 0.4).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -85,12 +86,25 @@ def _plain(codes: Tensor, scale: Tensor, zero: Tensor, spec: Spec) -> Parts:
     return parts if spec.symmetric else {**parts, "zero": zero}
 
 
+def _gptq_zeros(parts: Parts, spec: Spec, offset: int) -> Tensor:
+    if spec.symmetric:  # the same words in every group: a row of them is packed once
+        n, groups = parts["scale"].shape
+        row = _constant_row(spec.half - offset, n, spec.bits).to(parts["scale"].device)
+        return row.expand(groups, -1).contiguous()
+    field = (parts["zero"].to(torch.int16) - offset).clamp(0).to(torch.uint8)
+    return pack_stream(_t(field), spec.bits)
+
+
+@cache
+def _constant_row(value: int, n: int, bits: int) -> Tensor:
+    return pack_stream(torch.full((1, n), value, dtype=torch.uint8), bits)
+
+
 def _pack_gptq(offset: int) -> Callable[[Parts, Spec], Parts]:
     def pack(parts: Parts, spec: Spec) -> Parts:
-        field = (_zero_levels(parts, spec).to(torch.int16) - offset).clamp(0).to(torch.uint8)
         return {
             "qweight": _t(pack_stream(parts["codes"], spec.bits)),
-            "qzeros": pack_stream(_t(field), spec.bits),
+            "qzeros": _gptq_zeros(parts, spec, offset),
             "scales": _t(parts["scale"]),
         }
 
