@@ -252,7 +252,7 @@ class _Check:
             pairs["bias"] = (found.biases, offset.to(found.biases.dtype))
         # Two streams of the same bits in a row are equal where their codes are.
         streams = found.words is not None and expected.words is not None
-        if not (streams and torch.equal(found.words, expected.words)):  # type: ignore[arg-type]
+        if not (streams and _same_bytes(found.words, expected.words)):  # type: ignore[arg-type]
             pairs["code"] = (found.codes, expected.codes)
         self._lost(_apart(found, expected))
         for what, (have, want) in pairs.items():
@@ -392,11 +392,14 @@ def _format(name: str) -> Format:
 
 
 def _same_bytes(a: Tensor, b: Tensor) -> bool:
+    """NaN equals itself, and -0.0 is not 0.0."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    # As integers: NaN equals itself, and -0.0 is not 0.0.
-    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))
+    x, y = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    whole = len(x) // 8 * 8  # eight bytes at a time: four times as fast as two
+    return torch.equal(x[:whole].view(torch.int64), y[:whole].view(torch.int64)) and torch.equal(
+        x[whole:], y[whole:]
+    )
 
 
 def _inside(name: str) -> bool:
