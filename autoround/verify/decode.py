@@ -97,16 +97,18 @@ def gptq(parts: Parts, minus_one: bool) -> Numbers:
 def awq(parts: Parts) -> Numbers:
     """qweight [K, N / 8], qzeros [G, N / 8]: nibble k of a word is column 0 2 4 6 1 3 5 7 [k]."""
     scale = parts["scales"].t()
-    codes, zero = (_awq(parts[name]).t() for name in ("qweight", "qzeros"))
-    codes, k = codes.contiguous(), codes.shape[1]
-    return Numbers(4, codes, scale, zero.to(torch.int16), _groups(k, scale, None))
+    codes, zero = (_awq(parts[name]) for name in ("qweight", "qzeros"))
+    return Numbers(4, codes, scale, zero.to(torch.int16), _groups(codes.shape[1], scale, None))
 
 
 def _awq(words: Tensor) -> Tensor:
-    columns = torch.empty(*words.shape, 8, dtype=torch.uint8)
+    """``[R, W]`` i32 -> u8 [8 W, R]: bytes are turned first, half as many as codes."""
+    rows, count = words.shape
+    raw = words.contiguous().view(torch.uint8).view(rows, count, 4).permute(1, 2, 0).contiguous()
+    columns = torch.empty(count, 8, rows, dtype=torch.uint8)
     for nibble, column in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
-        columns[..., column] = (words >> 4 * nibble) & 15
-    return columns.flatten(1)
+        columns[:, column] = raw[:, nibble // 2] >> 4 * (nibble % 2) & 15
+    return columns.view(8 * count, rows)
 
 
 def compressed(parts: Parts) -> Numbers:
