@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -22,9 +21,6 @@ from autoround.formats.canonical import to_json
 from autoround.plan import ModelPlan
 from autoround.version import VERSION
 from hal import QTensor
-
-#: Our own files, below a run's directory.
-OWN = "canonical"
 
 
 def check_output(output: Path) -> None:
@@ -62,7 +58,7 @@ def output_directory(output: Path) -> Iterator[None]:
         raise
 
 
-class Artefact:
+class Artefact(ExitStack):
     """A run's directory: our own files, and the formats made from them; weights go to all at once.
 
     With one format its files lie in ``output`` itself, with several each has a directory of its
@@ -75,12 +71,12 @@ class Artefact:
         self, contents: Contents, targets: Sequence[Target], output: Path, max_shard: int,
         *, durable: bool = True,
     ) -> None:  # fmt: skip
+        super().__init__()
         self.contents = contents
         self.exports = tuple(
             Export(target, place, max_shard, durable=durable)
             for target, place in zip(targets, places(targets, output), strict=True)
         )
-        self._stack = ExitStack()
         self._threads: list[ThreadPoolExecutor] = []
         self._writing: list[Future[None]] = []
 
@@ -88,7 +84,7 @@ class Artefact:
         with ExitStack() as stack:
             for export in self.exports:
                 export.directory.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(export)
+                stack.enter_context(export.sink)
             # Packing, checksums and writing go on while the next weight is tuned.
             threads = (torch.set_num_threads, (torch.get_num_threads(),))
             self._threads = [
@@ -96,16 +92,8 @@ class Artefact:
                 for n in range(len(self.exports))
             ]
             stack.push(self._settle)
-            self._stack = stack.pop_all()
+            self.push(stack.pop_all())
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.__exit__(kind, error, trace)
 
     def put(self, module: Module, q: QTensor) -> None:
         """Write one module's plain weight; its tensors must not be changed afterwards."""
@@ -146,7 +134,7 @@ def places(targets: Sequence[Target], output: Path) -> list[Path]:
     """The directory of every target below ``output``."""
     named = [t for t in targets if t.format is not CANONICAL]
     return [
-        output / OWN
+        output / CANONICAL.name
         if t.format is CANONICAL
         else output / t.format.name.replace(":", "-")
         if len(named) > 1

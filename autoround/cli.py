@@ -44,6 +44,12 @@ def _option(help: str, *names: str) -> Any:
     return typer.Option(*names, help=help, show_default=False)
 
 
+Formats = Annotated[str, typer.Option(help="One or several, comma between; see list formats.")]
+ShardSize = Annotated[
+    str, typer.Option("--max-shard-size", "--max_shard_size", help="Largest file.")
+]
+
+
 @app.command()
 def quantize(
     model: Annotated[
@@ -284,13 +290,11 @@ def _run(
 @app.command()
 def export(
     run: Annotated[str, typer.Argument(help="Directory that `autoround quantize` made.")],
-    format: Annotated[str, typer.Option(help="One or several, comma between; see list formats.")],
+    format: Formats,
     output: Annotated[
         Path | None, _option("New directory to write. [RUN/FORMAT]", "-o", "--output")
     ] = None,
-    max_shard_size: Annotated[
-        str, typer.Option("--max-shard-size", "--max_shard_size", help="Largest file.")
-    ] = "5GB",
+    max_shard_size: ShardSize = "5GB",
 ) -> None:
     """Write a finished run in further formats: no model, no tuning, and proven."""
     from autoround import export as exporting
@@ -304,11 +308,9 @@ def export(
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="Directory of a quantized checkpoint.")],
-    format: Annotated[str, typer.Option(help="One or several, comma between; see list formats.")],
+    format: Formats,
     output: Annotated[Path, typer.Option("-o", "--output", help="New directory to write.")],
-    max_shard_size: Annotated[
-        str, typer.Option("--max-shard-size", "--max_shard_size", help="Largest file.")
-    ] = "5GB",
+    max_shard_size: ShardSize = "5GB",
 ) -> None:
     """Repack a GPTQ, AWQ, compressed-tensors, MLX or auto-round checkpoint without loss."""
     from autoround import export as exporting

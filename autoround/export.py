@@ -6,9 +6,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from autoround.artefact import OF_FORMAT, OWN, Artefact, check_output, output_directory, places
+from autoround.artefact import OF_FORMAT, Artefact, check_output, output_directory, places
 from autoround.errors import InputError
-from autoround.formats import Format, Quantized, Target, target
+from autoround.formats import CANONICAL, Format, Quantized, Target, target
 from autoround.verify import Verdict, prove
 from autoround.version import VERSION
 
@@ -28,10 +28,11 @@ def write(
     run: str | Path, formats: Sequence[Format], output: str | Path | None, max_shard: int
 ) -> list[Path]:
     """`export` without the proof; the directories."""
-    found = Path(run) if Path(run).name == OWN else Path(run) / OWN
+    own = CANONICAL.name
+    found = Path(run) if Path(run).name == own else Path(run) / own
     if not (found / "config.json").is_file():
         raise InputError(
-            f"{run} has no {OWN}/config.json: not a run of `autoround quantize`; for a quantized "
+            f"{run} has no {own}/config.json: not a run of `autoround quantize`; for a quantized "
             "checkpoint of another program use `autoround convert`"
         )
     files = Quantized(found)

@@ -65,11 +65,10 @@ def outlook(recipe: Recipe, source: Source, output: Path) -> Outlook:
         )
         survey, dtype = survey_of(streamed), streamed.dtype
     plan = make_plan(survey, recipe)
-    targets = (plan.canonical, *plan.targets)
     size = shard_bytes(recipe.max_shard_size)
     files = {
         place: file_sizes(target.stored, size, target.format.metadata)
-        for place, target in zip(places(targets, output), targets, strict=True)
+        for place, target in zip(places(plan.written, output), plan.written, strict=True)
     }
     parent = next(p for p in (output, *output.absolute().parents) if p.exists())
     free = shutil.disk_usage(parent).free

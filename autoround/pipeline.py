@@ -87,9 +87,9 @@ def quantize(
         progress.calibrated(tokens)
     checkpoint.scan_finite()
     run = Run(output, plan, tokens, progress, checkpoint.total_bytes)
-    shard, targets = shard_bytes(recipe.max_shard_size), (plan.canonical, *plan.targets)
+    shard = shard_bytes(recipe.max_shard_size)
     with output_directory(output):
-        with Artefact(plan.contents, targets, output, shard) as artefact:
+        with Artefact(plan.contents, plan.written, output, shard) as artefact:
             for tensor in plan.contents.kept:
                 artefact.keep(tensor.name, checkpoint.get(tensor.name))
             _Engine(recipe, streamed, plan, artefact, run, source.low_cpu_mem_usage).run(tokens)

@@ -75,6 +75,11 @@ class ModelPlan:
         return bits / max(self.quantized_weights, 1)
 
     @property
+    def written(self) -> tuple[Target, ...]:
+        """Everything a run writes: our own files, then the formats."""
+        return (self.canonical, *self.targets)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors in the first format asked for."""
         return self.targets[0].nbytes

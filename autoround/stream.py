@@ -40,9 +40,8 @@ def quantize(recipe: Recipe, checkpoint: Checkpoint, output: Path, progress: Pro
     run = Run(output, plan, None, progress, checkpoint.total_bytes)
     # Not synced to the disk: what takes seconds is made anew after a power cut.
     shard = shard_bytes(recipe.max_shard_size)
-    targets = (plan.canonical, *plan.targets)
     with output_directory(output):
-        with Artefact(plan.contents, targets, output, shard, durable=False) as artefact:
+        with Artefact(plan.contents, plan.written, output, shard, durable=False) as artefact:
             _write(checkpoint, plan, artefact, run)
         artefact.describe(run_record(plan, run.record(recipe)))
     run.prove(places(plan.targets, output))

@@ -5,8 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor
 
@@ -76,7 +75,8 @@ def _stored(format: Format, name: str, pieces: Pieces) -> Stored:
 
 
 class Export:
-    """Writes a target: `put` every module, `keep` every other tensor, once, in any order.
+    """Writes a target: `put` every module, `keep` every other tensor, once, in any order, while
+    ``sink`` is open.
 
     ``errors``: module or tensor -> largest difference between what was given and what a reader
     makes of the files; empty = exact.
@@ -87,26 +87,14 @@ class Export:
     ) -> None:
         self.target, self.directory = target, directory
         self.errors: dict[str, float] = {}
-        self._sink = ShardSink(
+        self.sink = ShardSink(
             directory, target.stored, max_shard, durable=durable, metadata=target.format.metadata
         )
 
     @property
     def checksums(self) -> Mapping[str, int]:
         """CRC-32 of every tensor written whole, by its name in the files."""
-        return self._sink.checksums
-
-    def __enter__(self) -> Self:
-        self._sink.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._sink.__exit__(kind, error, trace)
+        return self.sink.checksums
 
     def put(self, module: Module, q: QTensor) -> None:
         """Pack and write one module's plain weight."""
@@ -116,7 +104,7 @@ class Export:
         if target.packing.loss is not None:
             self._lost(module.name, target.packing.loss(q, parts))
         for suffix, tensor in parts.items():
-            self._sink.put(f"{place.name}.{suffix}", tensor, place.index or 0)
+            self.sink.put(f"{place.name}.{suffix}", tensor, place.index or 0)
 
     def keep(self, key: str, raw: Tensor) -> None:
         """Write one tensor that stays, in the dtype the format wants."""
@@ -125,7 +113,7 @@ class Export:
         if wanted != dtype:
             given, raw = raw, raw.to(TORCH[wanted])
             self._lost(key, furthest(raw, given))
-        self._sink.put_bytes(place.name, raw.contiguous(), place.index or 0)
+        self.sink.put_bytes(place.name, raw.contiguous(), place.index or 0)
 
     def _lost(self, name: str, error: float) -> None:
         if not math.isfinite(error):

@@ -26,11 +26,14 @@ from hal import QTensor, Spec, Unsupported
 
 #: File beside the weights that says how they were made. No times or paths: equal runs, equal bytes.
 RECORD = "autoround.json"
-CODES = ("qweight", "weight_packed", "codes")
 GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
-COMPRESSED_PARTS = (
-    "weight_packed", "weight", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx",
-)  # fmt: skip
+PACKED_PARTS = (
+    "weight_packed",
+    "weight_scale",
+    "weight_shape",
+    "weight_zero_point",
+    "weight_g_idx",
+)
 
 Read = Callable[["Quantized", str, dict[str, Tensor]], QTensor]
 
@@ -55,11 +58,10 @@ def _gptq(minus_one: bool) -> Read:
 
 
 def _mlx(files: "Quantized", name: str, parts: dict[str, Tensor]) -> QTensor:
-    settings = files.config.get("quantization") or files.config["quantization_config"]
-    own = settings.get(name) if isinstance(settings.get(name), dict) else settings
-    if own.get("mode", "affine") != "affine":
-        raise ValueError(f"mode {own['mode']} is no integer code")
-    return mlx.read(parts, int(own["group_size"]))
+    mode = files.said(name).get("mode", "affine")
+    if mode != "affine":
+        raise ValueError(f"mode {mode} is no integer code")
+    return mlx.read(parts, files.said_group(name))
 
 
 DIALECTS: dict[str, Dialect] = {
@@ -72,7 +74,7 @@ DIALECTS: dict[str, Dialect] = {
             lambda files, name, parts: awq.read(parts, files.said_group(name)),
         ),
         Dialect(
-            "pack-quantized", "weight_packed", ("weight_packed", *COMPRESSED_PARTS[2:]), 3,
+            "pack-quantized", "weight_packed", PACKED_PARTS, 3,
             lambda files, name, parts: compressed.read(parts),
         ),
         Dialect(
@@ -176,15 +178,20 @@ class Quantized:
             ) from None
         return {module.name: module for module in rows.values()}
 
-    def said_group(self, name: str) -> int:
-        """The group that the config gives a module; it decides where columns are no multiple."""
-        own = self.config["quantization_config"]
-        row = (own.get("extra_config") or {}).get(name) or {}
+    def said(self, name: str) -> dict[str, Any]:
+        """What the config says of a module: its defaults, and the module's own row over them."""
+        own = self.config.get("quantization") or self.config["quantization_config"]
+        row = own.get(self.homes[name][0])  # MLX
+        row = (own.get("extra_config") or {}).get(name) or (row if isinstance(row, dict) else {})
         for key, changes in (own.get("dynamic") or {}).items():
             if re.match(key.removeprefix("+:"), name):
                 row = changes
                 break
-        return int(row.get("group_size") or own.get("group_size") or -1)
+        return {**own, **{key: value for key, value in row.items() if value is not None}}
+
+    def said_group(self, name: str) -> int:
+        """The group that the config gives a module; it decides where columns are no multiple."""
+        return int(self.said(name).get("group_size") or -1)
 
     @cached_property
     def homes(self) -> dict[str, tuple[str, int | None]]:

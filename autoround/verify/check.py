@@ -16,7 +16,7 @@ from torch import Tensor
 
 from autoround.checkpoint import INDEX, Checkpoint, read_json
 from autoround.errors import InputError
-from autoround.formats import FORMATS, RECORD, Contents, Format, Module, Quantized
+from autoround.formats import CANONICAL, FORMATS, RECORD, Contents, Format, Module, Quantized
 from autoround.formats.row import Place, furthest
 from autoround.verify import decode
 from autoround.verify.claims import RULES, Claim
@@ -25,8 +25,6 @@ from autoround.verify.decode import Numbers
 Task = Callable[[], None]
 #: Where readers look for the quantization beside config.json.
 COPIES = ("quantization_config.json", "quantize_config.json")
-#: Below a run's directory: our own files.
-CANONICAL = "canonical"
 
 
 @dataclass(slots=True)
@@ -95,15 +93,16 @@ def prove(directories: Iterable[Path], against: str | Path | None = None) -> lis
 
 
 def _run_of(path: Path, against: str | Path | None) -> Path | None:
+    own = CANONICAL.name
     if against is not None:
         given = Path(against)
-        found = next((p for p in (given / CANONICAL, given) if (p / "config.json").is_file()), None)
+        found = next((p for p in (given / own, given) if (p / "config.json").is_file()), None)
         if found is None:
-            raise InputError(f"{given} is no run: it has no config.json, nor canonical/config.json")
+            raise InputError(f"{given} is no run: it has no config.json, nor {own}/config.json")
         return None if found.resolve() == path.resolve() else found
-    if path.name == CANONICAL:
+    if path.name == own:
         return None
-    beside = (path / CANONICAL, path.parent / CANONICAL)
+    beside = (path / own, path.parent / own)
     return next((p for p in beside if (p / "config.json").is_file()), None)
 
 
@@ -120,7 +119,7 @@ class _Check:
         self.run = Quantized(run) if run else None
         if self.run is not None:
             self.contents: Contents | None = self.run.contents()
-        elif self.files is not None and self.files.dialect.name == CANONICAL:
+        elif self.files is not None and self.files.dialect.name == CANONICAL.name:
             self.contents = self.files.contents()
         else:
             self.contents = None
@@ -359,10 +358,7 @@ def _decoded(files: Quantized, name: str) -> Numbers:
         module: Module = files.recorded[name]
         return decode.canonical(parts, module.spec.bits, module.shape[1])
     if dialect == "mlx":
-        settings: dict[str, Any] = files.config.get("quantization") or {}
-        own = settings.get(files.homes[name][0])
-        row = own if isinstance(own, dict) else settings
-        return decode.mlx(parts, int(row["group_size"]))
+        return decode.mlx(parts, files.said_group(name))
     return decode.compressed(parts)
 
 
