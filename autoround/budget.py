@@ -19,8 +19,9 @@ from autoround import pipeline
 from autoround.artefact import check_output, places
 from autoround.errors import InputError
 from autoround.evaluate import evaluate
+from autoround.events import Listener, unheard
 from autoround.recipe import Recipe
-from autoround.run import Progress, Run, Source
+from autoround.run import Run, Source
 
 FIRST, MOST, FACTOR = 32, 4096, 4  # samples, and how their number grows
 LEAST_GAIN = 1.25  # a run with fewer samples more than that is not worth its time
@@ -65,7 +66,7 @@ def quantize(
     goal: Goal,
     *,
     dataset: str | Iterable[Any] | None = None,
-    progress: Progress | None = None,
+    listener: Listener = unheard,
 ) -> tuple[Run, list[Rung]]:
     """The best run that the goal allows, in ``output``, and all runs that were made.
 
@@ -85,7 +86,7 @@ def quantize(
             began, made = time.perf_counter(), Path(work) / str(n)
             grown = replace(recipe, nsamples=n)
             try:
-                run = pipeline.quantize(grown, source, made, dataset=dataset, progress=progress)
+                run = pipeline.quantize(grown, source, made, dataset=dataset, listener=listener)
             except InputError:
                 if best is None:
                     raise

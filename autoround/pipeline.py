@@ -20,6 +20,16 @@ from autoround.artefact import Artefact, check_output, output_directory, places,
 from autoround.calib import TokenSet, load_tokens
 from autoround.checkpoint import Checkpoint, resolve
 from autoround.errors import InputError
+from autoround.events import (
+    BlockDone,
+    BlockStarted,
+    Calibrated,
+    Finished,
+    Listener,
+    Planned,
+    Step,
+    unheard,
+)
 from autoround.models import (
     Call,
     PausedForwards,
@@ -34,7 +44,7 @@ from autoround.models import (
 )
 from autoround.plan import Layer, ModelPlan, make_plan
 from autoround.recipe import Recipe, shard_bytes
-from autoround.run import BlockReport, Progress, Run, Silent, Source, peak_bytes
+from autoround.run import BlockReport, Run, Source, peak_bytes
 from autoround.stages import (
     BlockTask,
     Feedback,
@@ -63,7 +73,7 @@ def quantize(
     *,
     tokenizer: Any = None,
     dataset: str | Iterable[Any] | None = None,
-    progress: Progress | None = None,
+    listener: Listener = unheard,
 ) -> Run:
     """Quantize a checkpoint into ``output`` (a new or empty directory).
 
@@ -71,22 +81,22 @@ def quantize(
     Raises InputError before any work for input that cannot succeed; an exception later leaves
     ``output`` as it was.
     """
-    progress, started = progress or Silent(), time.perf_counter()
+    started = time.perf_counter()
     checkpoint = Checkpoint(resolve(str(source.model)))
     check_output(output)
     if stream.refuse(recipe, checkpoint) is None:
-        return stream.quantize(recipe, checkpoint, output, progress)
+        return stream.quantize(recipe, checkpoint, output, listener)
     streamed = StreamedModel(
         checkpoint, device=source.device, trust_remote_code=source.trust_remote_code
     )
     plan = make_plan(survey_of(streamed), recipe)
-    progress.planned(plan)
+    listener(Planned(plan))
     given = recipe.dataset if dataset is None else dataset
     tokens = _tokens(recipe, streamed, tokenizer, given) if recipe.calibrates else None
     if tokens:
-        progress.calibrated(tokens)
+        listener(Calibrated(tokens))
     checkpoint.scan_finite()
-    run = Run(output, plan, tokens, progress, checkpoint.total_bytes)
+    run = Run(output, plan, tokens, listener, checkpoint.total_bytes)
     shard = shard_bytes(recipe.max_shard_size)
     with output_directory(output):
         with Artefact(plan.contents, plan.written, output, shard) as artefact:
@@ -96,6 +106,7 @@ def quantize(
         artefact.describe(run_record(plan, run.record(recipe)))
     run.prove(places(plan.targets, output))
     run.seconds = time.perf_counter() - started
+    listener(Finished(run))
     return run
 
 
@@ -112,8 +123,8 @@ class _Engine:
         spill: bool,
     ) -> None:
         self.recipe, self.streamed, self.plan = recipe, streamed, plan
-        self.artefact, self.out, self.progress = artefact, run, run.progress
-        self.stages = _stages(recipe, run.progress.step)
+        self.artefact, self.out = artefact, run
+        self.stages = _stages(recipe, lambda t, loss: run.tell(Step(t, loss)))
         self.pool = Pool(run.output, spill)
 
     def run(self, tokens: TokenSet | None) -> None:
@@ -147,7 +158,7 @@ class _Engine:
     def _block(self, index: int) -> Iterator[BlockTask]:
         """A materialised block as a task; packed, written and reported on leaving."""
         started, name = time.perf_counter(), self.streamed.blocks.names[index]
-        self.progress.block_started(index, name)
+        self.out.tell(BlockStarted(index, name))
         layers = {_inside(layer, name): layer for layer in self.plan.blocks[index]}
         with self.streamed.block(index) as module:
             tasks = {key: _layer_task(layer, self.streamed) for key, layer in layers.items()}
@@ -161,7 +172,7 @@ class _Engine:
         sparse = int(task.report.get("sparse_experts", 0))
         report = BlockReport(index, name, rtn, loss, seconds, peak_bytes(), sparse)
         self.out.blocks.append(report)
-        self.progress.block_done(report)
+        self.out.tell(BlockDone(report))
 
     def _run_stages(self, task: BlockTask) -> None:
         for stage in self.stages:

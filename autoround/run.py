@@ -1,40 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run from outside: what it is given, what it tells on the way, what it leaves."""
+"""One run from outside: what it is given, what it leaves. `autoround.events`: what it tells."""
 
 import math
 import resource
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from autoround.calib import TokenSet
 from autoround.errors import InputError
+from autoround.events import Listener
 from autoround.plan import ModelPlan
 from autoround.recipe import Recipe
 from autoround.verify import Verdict, prove
-
-
-class Progress(Protocol):
-    """What a run tells about itself."""
-
-    def planned(self, plan: ModelPlan) -> None: ...
-    def calibrated(self, tokens: TokenSet) -> None: ...
-    def block_started(self, index: int, name: str) -> None: ...
-    def step(self, t: int, loss: float) -> None: ...
-    def block_done(self, report: "BlockReport") -> None: ...
-
-
-class Silent:
-    """A run that tells nothing."""
-
-    def planned(self, plan: ModelPlan) -> None: ...
-    def calibrated(self, tokens: TokenSet) -> None: ...
-    def block_started(self, index: int, name: str) -> None: ...
-    def step(self, t: int, loss: float) -> None: ...
-    def block_done(self, report: "BlockReport") -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +43,7 @@ class Run:
     output: Path
     plan: ModelPlan
     tokens: TokenSet | None
-    progress: Progress
+    tell: Listener
     source_bytes: int
     blocks: list[BlockReport] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)

@@ -15,10 +15,11 @@ import hal
 from autoround.artefact import Artefact, check_output, output_directory, places, run_record
 from autoround.checkpoint import Checkpoint
 from autoround.errors import InputError
+from autoround.events import BlockDone, Finished, Listener, Planned
 from autoround.models.survey import EXPERT, by_names, refuse_names, weight
 from autoround.plan import Layer, ModelPlan, make_plan
 from autoround.recipe import Recipe, shard_bytes
-from autoround.run import BlockReport, Progress, Run, peak_bytes
+from autoround.run import BlockReport, Run, peak_bytes
 
 
 def refuse(recipe: Recipe, checkpoint: Checkpoint) -> str | None:
@@ -31,13 +32,13 @@ def refuse(recipe: Recipe, checkpoint: Checkpoint) -> str | None:
     return refuse_names(checkpoint)
 
 
-def quantize(recipe: Recipe, checkpoint: Checkpoint, output: Path, progress: Progress) -> Run:
+def quantize(recipe: Recipe, checkpoint: Checkpoint, output: Path, listener: Listener) -> Run:
     """`pipeline.quantize` for a run that `refuse` has no objection to."""
     started = time.perf_counter()
     check_output(output)
     plan = make_plan(by_names(checkpoint), recipe)
-    progress.planned(plan)
-    run = Run(output, plan, None, progress, checkpoint.total_bytes)
+    listener(Planned(plan))
+    run = Run(output, plan, None, listener, checkpoint.total_bytes)
     # Not synced to the disk: what takes seconds is made anew after a power cut.
     shard = shard_bytes(recipe.max_shard_size)
     with output_directory(output):
@@ -46,6 +47,7 @@ def quantize(recipe: Recipe, checkpoint: Checkpoint, output: Path, progress: Pro
         artefact.describe(run_record(plan, run.record(recipe)))
     run.prove(places(plan.targets, output))
     run.seconds = time.perf_counter() - started
+    listener(Finished(run))
     return run
 
 
@@ -65,7 +67,7 @@ def _write(checkpoint: Checkpoint, plan: ModelPlan, artefact: Artefact, run: Run
             name = f"{plan.contents.blocks}.{index}"
             report = BlockReport(index, name, math.nan, math.nan, now - started, peak_bytes())
             run.blocks.append(report)
-            run.progress.block_done(report)
+            run.tell(BlockDone(report))
             started = now
 
 

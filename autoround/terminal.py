@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from autoround.events import BlockDone, BlockStarted, Calibrated, Event, Planned, Step
+
 if TYPE_CHECKING:  # a run that builds no model imports no transformers
-    from autoround.calib import TokenSet
     from autoround.evaluate import Evaluation
     from autoround.outlook import Outlook
     from autoround.plan import ModelPlan
@@ -47,7 +48,21 @@ class Terminal:
     ) -> None:
         self._bar.stop()
 
-    def planned(self, plan: "ModelPlan") -> None:
+    def __call__(self, event: Event) -> None:
+        """Listen to a run."""
+        match event:
+            case Planned(plan):
+                self._planned(plan)
+            case Calibrated(tokens):
+                self.console.print(f"calibration: {tokens.description}", soft_wrap=True)
+            case BlockStarted(_, name):
+                self._bar.reset(self._task, description=name, visible=False)
+            case Step(t, _):
+                self._bar.update(self._task, completed=t + 1, visible=True)
+            case BlockDone(report):
+                self._block_done(report)
+
+    def _planned(self, plan: "ModelPlan") -> None:
         self._blocks, self._started = len(plan.blocks), time.perf_counter()
         kept = {name: why for name, why in plan.kept_because.items() if "instead" not in why}
         packings = ", ".join(target.packing.name for target in plan.targets)
@@ -67,16 +82,7 @@ class Terminal:
             count = sum(why == reason for why in kept.values())
             self.console.print(f"  kept {count}: {reason}", style="dim", soft_wrap=True)
 
-    def calibrated(self, tokens: "TokenSet") -> None:
-        self.console.print(f"calibration: {tokens.description}", soft_wrap=True)
-
-    def block_started(self, index: int, name: str) -> None:
-        self._bar.reset(self._task, description=name, visible=False)
-
-    def step(self, t: int, loss: float) -> None:
-        self._bar.update(self._task, completed=t + 1, visible=True)
-
-    def block_done(self, report: "BlockReport") -> None:
+    def _block_done(self, report: "BlockReport") -> None:
         done = report.index + 1
         left = (time.perf_counter() - self._started) / done * (self._blocks - done)
         losses = (

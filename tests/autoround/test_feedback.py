@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import hal
 from autoround import pipeline
+from autoround.events import Event, Step
 from autoround.models import Call, Samples
 from autoround.options import build_recipe
 from autoround.stages import BlockTask, Feedback, Kept, LayerTask, Measure, Search
@@ -289,14 +290,14 @@ def experts(output: Path, name: str = "mixtral", **changes: Any) -> tuple[pipeli
     small = {"iters": 4, "nsamples": 32, "seqlen": 16, "group_size": 32, "bits": 3}
     told: list[int] = []
 
-    class Watch(pipeline.Silent):
-        def step(self, t: int, loss: float) -> None:
-            told.append(t)
+    def watch(event: Event) -> None:
+        if isinstance(event, Step):
+            told.append(event.t)
 
     where = pipeline.Source(source, torch.device("cpu"))
     recipe = build_recipe("autoround", small | changes)
     rows = [row.tolist() for row in ids]
-    run = pipeline.quantize(recipe, where, output / "out", dataset=rows, progress=Watch())
+    run = pipeline.quantize(recipe, where, output / "out", dataset=rows, listener=watch)
     return run, told
 
 

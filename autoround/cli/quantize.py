@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`autoround quantize` and `plan`, which take the same options."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autoround.cli.words import console, option, say
+from autoround.errors import InputError
+
+if TYPE_CHECKING:
+    from autoround.recipe import Recipe
+    from autoround.run import Run, Source
+    from autoround.terminal import Terminal
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to be done: a recipe, a model, where the result goes, and the means given to it."""
+
+    recipe: "Recipe"
+    model: str
+    output: Path
+    device_map: str | None
+    trust_remote_code: bool
+    low_cpu_mem_usage: bool
+    budget: str | None
+    target_kl: float | None
+
+    def source(self) -> "Source":
+        """The model and its means. Raises InputError for a device that is not there."""
+        from autoround.options import device_by_name
+        from autoround.run import Source
+
+        device = device_by_name(self.device_map)
+        return Source(self.model, device, self.trust_remote_code, self.low_cpu_mem_usage)
+
+
+def _asked(
+    model: Annotated[
+        str, typer.Argument(help="Directory of a safetensors checkpoint, or a hub id.")
+    ],
+    output: Annotated[
+        Path | None, option("New directory to write. [MODEL-w4g128]", "-o", "--output")
+    ] = None,
+    output_dir: Annotated[
+        Path | None, option("Where [MODEL-w4g128] is made.", "--output-dir", "--output_dir")
+    ] = None,
+    scheme: Annotated[str | None, option("See `autoround list schemes`. [W4A16]")] = None,
+    recipe: Annotated[str | None, option("See `autoround list recipes`. [autoround]")] = None,
+    format: Annotated[
+        str | None, option("One or several, comma between; see list formats. [auto_round]")
+    ] = None,
+    serve: Annotated[
+        str | None, option("Engine that must load it, vllm or sglang: adjusts, or refuses.")
+    ] = None,
+    bits: Annotated[int | None, option("Bits of a weight, over the scheme's.")] = None,
+    group_size: Annotated[
+        int | None,
+        option("Weights that share a scale; -1 = a row.", "--group-size", "--group_size"),
+    ] = None,
+    asym: Annotated[
+        bool, typer.Option("--asym", help="Zero points instead of signed scales.")
+    ] = False,
+    layer_config: Annotated[
+        str | None,
+        option("JSON, or a file: layer or pattern -> scheme.", "--layer-config", "--layer_config"),
+    ] = None,
+    ignore_layers: Annotated[
+        str | None,
+        option("Layers or patterns to keep, comma between.", "--ignore-layers", "--ignore_layers"),
+    ] = None,
+    quant_lm_head: Annotated[
+        bool,
+        typer.Option(
+            "--quant-lm-head", "--quant_lm_head", help="Quantize the output projection too."
+        ),
+    ] = False,
+    iters: Annotated[
+        int | None, option("Steps of SignRound a block; 0 = round to nearest.")
+    ] = None,
+    lr: Annotated[float | None, option("Initial step of the rounding. [1/iters]")] = None,
+    minmax_lr: Annotated[
+        float | None, option("Initial step of the range. [lr]", "--minmax-lr", "--minmax_lr")
+    ] = None,
+    dataset: Annotated[str | None, option("Calibration text; see docs. [bundled]")] = None,
+    nsamples: Annotated[int | None, option("Calibration samples. [128]")] = None,
+    seqlen: Annotated[int | None, option("Tokens a sample. [2048]")] = None,
+    batch_size: Annotated[
+        int | None, option("Samples a step. [8]", "--batch-size", "--batch_size")
+    ] = None,
+    gradient_accumulate_steps: Annotated[
+        int | None,
+        option("Batches a step. [1]", "--gradient-accumulate-steps", "--gradient_accumulate_steps"),
+    ] = None,
+    disable_minmax_tuning: Annotated[
+        bool,
+        typer.Option(
+            "--disable-minmax-tuning", "--disable_minmax_tuning", help="Leave the ranges alone."
+        ),
+    ] = False,
+    disable_quanted_input: Annotated[
+        bool,
+        typer.Option(
+            "--disable-quanted-input",
+            "--disable_quanted_input",
+            help="Tune every block on the float model's inputs.",
+        ),
+    ] = False,
+    not_use_best_mse: Annotated[
+        bool,
+        typer.Option(
+            "--not-use-best-mse", "--not_use_best_mse", help="Keep the last step, not the best."
+        ),
+    ] = False,
+    dynamic_max_gap: Annotated[
+        int | None,
+        option(
+            "Steps without a better one that end a block.", "--dynamic-max-gap", "--dynamic_max_gap"
+        ),
+    ] = None,
+    momentum: Annotated[
+        float | None, option("Share of earlier gradients that a step keeps. [0]")
+    ] = None,
+    enable_adam: Annotated[
+        bool,
+        typer.Option("--enable-adam", "--enable_adam", "--adam", help="Adam instead of signs."),
+    ] = False,
+    nblocks: Annotated[int | None, option("Blocks tuned jointly: only 1.")] = None,
+    to_quant_block_names: Annotated[
+        str | None,
+        option(
+            "Blocks or patterns to quantize, comma between. [all]",
+            "--to-quant-block-names",
+            "--to_quant_block_names",
+        ),
+    ] = None,
+    seed: Annotated[int | None, option("Seed of every random choice. [42]")] = None,
+    budget: Annotated[
+        str | None, option("Time to spend, e.g. 30m: as many samples as it allows.")
+    ] = None,
+    target_kl: Annotated[
+        float | None,
+        option("More samples until the KL on held-out text is this.", "--target-kl", "--target_kl"),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, option("Largest file. [5GB]", "--max-shard-size", "--max_shard_size")
+    ] = None,
+    device_map: Annotated[
+        str | None, option("Device to tune on. [the first]", "--device-map", "--device_map")
+    ] = None,
+    low_cpu_mem_usage: Annotated[
+        bool,
+        typer.Option(
+            "--low-cpu-mem-usage",
+            "--low_cpu_mem_usage",
+            help="Keep what passes between blocks in a file.",
+        ),
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the checkpoint's own Python code.")
+    ] = False,
+) -> Job:
+    """The options that every command about a run takes: the signature is their documentation."""
+    from autoround.options import build_recipe, default_output, parse_layer_config, split_names
+
+    changes = {
+        "scheme": scheme,
+        "format": format,
+        "serve": serve,
+        "bits": bits,
+        "group_size": group_size,
+        "sym": False if asym else None,
+        "layer_config": parse_layer_config(layer_config) if layer_config else None,
+        "ignore_layers": split_names(ignore_layers),
+        "quant_lm_head": quant_lm_head or None,
+        "iters": iters,
+        "lr": lr,
+        "minmax_lr": minmax_lr,
+        "dataset": dataset,
+        "nsamples": nsamples,
+        "seqlen": seqlen,
+        "batch_size": batch_size,
+        "gradient_accumulate_steps": gradient_accumulate_steps,
+        "enable_minmax_tuning": False if disable_minmax_tuning else None,
+        "enable_quanted_input": False if disable_quanted_input else None,
+        "not_use_best_mse": not_use_best_mse or None,
+        "dynamic_max_gap": dynamic_max_gap,
+        "momentum": momentum,
+        "enable_adam": enable_adam or None,
+        "nblocks": nblocks,
+        "to_quant_block_names": split_names(to_quant_block_names),
+        "seed": seed,
+        "max_shard_size": max_shard_size,
+    }
+    built = build_recipe(recipe, changes)
+    named = (output_dir or Path()) / default_output(model, built.weight_scheme)
+    if output and output_dir:
+        raise InputError("give -o (the directory itself) or --output-dir (its parent), not both")
+    if nsamples and (budget or target_kl):
+        raise InputError("budget and target_kl choose the samples; leave nsamples out")
+    means = (device_map, trust_remote_code, low_cpu_mem_usage)
+    return Job(built, model, output or named, *means, budget, target_kl)
+
+
+def _about_a_run(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that takes the options of `_asked` too, as the `Job` of its first argument."""
+    common = inspect.signature(_asked).parameters
+    own = [*inspect.signature(command).parameters.values()][1:]
+
+    @wraps(command)
+    def _command(**options: Any) -> None:
+        job = _asked(**{name: options.pop(name) for name in common})
+        command(job, **options)
+
+    taken = [*common.values(), *own]
+    _command.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
+    _command.__annotations__ = {p.name: p.annotation for p in taken}
+    return _command
+
+
+@_about_a_run
+def quantize(
+    job: Job,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, and stop; also `plan`.")
+    ] = False,
+) -> None:
+    """Quantize a model into a new directory."""
+    if dry_run:
+        _foresee(job)
+        return
+    from autoround.terminal import Terminal, summary
+
+    out = console(quiet)
+    with Terminal(out, job.recipe.iters) as terminal:
+        run = _run(job, terminal)
+    out.print(summary(run, run.source_bytes))
+    say([] if quiet else run.verdicts)
+    first = run.verdicts[0].directory
+    words = f"written to {job.output}; next: autoround eval {first} --against {job.model}"
+    out.print(words, soft_wrap=True)
+
+
+def _run(job: Job, terminal: "Terminal") -> "Run":
+    """The run, in the way that needs the least: without a model where names say enough."""
+    from autoround import stream
+    from autoround.checkpoint import Checkpoint, resolve
+
+    if job.budget or job.target_kl is not None:
+        from autoround import budget
+
+        goal = budget.goal(job.budget, job.target_kl)
+        run, rungs = budget.quantize(job.recipe, job.source(), job.output, goal, listener=terminal)
+        for rung in rungs:
+            terminal.console.print(rung)
+        return run
+    checkpoint = None if job.recipe.calibrates else Checkpoint(resolve(job.model))
+    source = job.source()
+    if checkpoint and stream.refuse(job.recipe, checkpoint) is None:
+        return stream.quantize(job.recipe, checkpoint, job.output, terminal)
+    from autoround import pipeline
+
+    return pipeline.quantize(job.recipe, source, job.output, listener=terminal)
+
+
+@_about_a_run
+def plan(job: Job) -> None:
+    """Say what `quantize` would do, to the byte, from headers alone."""
+    _foresee(job)
+
+
+def _foresee(job: Job) -> None:
+    from autoround.outlook import outlook
+    from autoround.terminal import outlook_tables
+
+    found = outlook(job.recipe, job.source(), job.output)
+    for part in outlook_tables(found):
+        console().print(part, soft_wrap=isinstance(part, str))

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several commands take and say: their options, the console, the outcome of a proof."""
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from autoround.verify import Verdict
+
+
+class Compute(StrEnum):
+    """Policy of products."""
+
+    exact = "exact"
+    fast = "fast"
+
+
+def option(help: str, *names: str) -> Any:
+    """An option without a default of its own to show."""
+    return typer.Option(*names, help=help, show_default=False)
+
+
+Formats = Annotated[str, typer.Option(help="One or several, comma between; see list formats.")]
+ShardSize = Annotated[
+    str, typer.Option("--max-shard-size", "--max_shard_size", help="Largest file.")
+]
+Device = Annotated[
+    str | None, option("Device to run on. [the first]", "--device-map", "--device_map")
+]
+Products = Annotated[
+    Compute, typer.Option(help="exact, or fast: activations in 8 bits where that is faster.")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object.")]
+
+
+def console(quiet: bool = False) -> "Console":
+    """Where human text goes: stdout."""
+    from rich.console import Console
+
+    return Console(quiet=quiet)
+
+
+def say(found: "list[Verdict]") -> None:
+    """One line a directory and one a difference; exit code 1 where there are any."""
+    out = console()
+    for verdict in found:
+        out.print(str(verdict), soft_wrap=True, markup=False)
+        for difference in verdict.differences:
+            out.print(f"  {difference}", soft_wrap=True, markup=False)
+    if not all(verdict.ok for verdict in found):
+        raise typer.Exit(1)
