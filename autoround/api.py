@@ -3,6 +3,7 @@
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from autoround.options import build_recipe, default_output, device_by_name, spli
 from autoround.recipe import Recipe, shard_bytes
 from autoround.run import Run, Source
 from autoround.scheme import Scheme
+from autoround.settled import settled
 
 
 class AutoRound:
@@ -28,6 +30,8 @@ class AutoRound:
 
     ``model``: a checkpoint directory or hub id, or a loaded transformers model (it is saved to a
     temporary checkpoint first, so ``tokenizer`` must be given). None = the recipe's default.
+    ``low_gpu_mem_usage``, ``enable_deterministic_algorithms``, ``enable_torch_compile`` change
+    nothing, and a warning says what holds in every run (`autoround.settled`).
     Raises InputError for arguments that cannot work or have no effect.
     """
 
@@ -63,8 +67,18 @@ class AutoRound:
         device_map: str | int | Mapping[str, str | int] | None = None,
         seed: int | None = None,
         low_cpu_mem_usage: bool = False,
+        low_gpu_mem_usage: bool = False,
+        enable_deterministic_algorithms: bool = False,
+        enable_torch_compile: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
+        known = {
+            "low_gpu_mem_usage": low_gpu_mem_usage,
+            "enable_deterministic_algorithms": enable_deterministic_algorithms,
+            "enable_torch_compile": enable_torch_compile,
+        }
+        for name in (name for name, given in known.items() if given):
+            warnings.warn(f"{name} {settled(name)}", stacklevel=2)
         if isinstance(scheme, Scheme):
             bits = scheme.bits if bits is None else bits
             group_size = scheme.group_size if group_size is None else group_size

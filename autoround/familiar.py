@@ -2,14 +2,17 @@
 """The commands of the known tool: `auto-round`, `-best`, `-light`, `-rtn`, with its flags.
 
 They are `autoround quantize` with a recipe; ``--model`` names the model and ``--output_dir`` the
-parent of the result, which is called ``<model>-w4g128`` there. Flags for low memory, determinism
-and compilation are taken and change nothing: blocks are streamed, runs repeat, kernels are native.
+parent of the result, which is called ``<model>-w4g128`` there. Flags of `settled.SETTLED` are
+taken, change nothing, and say so in a line.
 """
 
 import sys
 
+import typer
+
 from autoround import cli
 from autoround.errors import InputError
+from autoround.settled import SETTLED, settled
 
 MODEL = ("--model", "--model_name", "--model_name_or_path")
 OUTPUT = {"-o", "--output", "--output_dir", "--output-dir"}
@@ -26,14 +29,6 @@ RENAMED = {
     "--devices": "--device-map",
 }
 
-#: What the known tool does on request only and we always do, or have no need of.
-ALWAYS = {
-    "--low_gpu_mem_usage",
-    "--enable_deterministic_algorithms",
-    "--enable_torch_compile",
-    "--disable_torch_compile",
-}
-
 
 def translate(arguments: list[str], recipe: str | None) -> list[str]:
     """The same request in our own command's words. Raises InputError without a model."""
@@ -43,7 +38,7 @@ def translate(arguments: list[str], recipe: str | None) -> list[str]:
     for word in words:
         if word in MODEL:
             model = next(words, None)
-        elif word in ALWAYS:
+        elif _settled(word):
             continue
         elif not own and not word.startswith("-") and model is None:
             model = word
@@ -56,6 +51,17 @@ def translate(arguments: list[str], recipe: str | None) -> list[str]:
     parent = [] if OUTPUT & set(own) else ["--output_dir", "tmp_autoround"]
     named = ["--recipe", recipe] if recipe else []
     return ["quantize", model, *named, *parent, *own]
+
+
+def notes(arguments: list[str]) -> list[str]:
+    """A line for every flag given that changes nothing here."""
+    return [f"{word} {settled(_settled(word))}" for word in arguments if _settled(word)]
+
+
+def _settled(word: str) -> str:
+    """The name of a settled flag, or nothing."""
+    name = word.removeprefix("--").replace("-", "_")
+    return name if word.startswith("--") and name in SETTLED else ""
 
 
 def _separated(arguments: list[str]) -> list[str]:
@@ -72,6 +78,8 @@ def _command(recipe: str | None) -> None:
     except InputError as error:
         cli.fail(str(error), 2)
     else:
+        for note in notes(sys.argv[1:]):
+            typer.echo(f"note: {note}", err=True)
         cli.run(arguments)
 
 

@@ -85,8 +85,17 @@ def test_refused_arguments(given: dict[str, Any], words: str, llama: Path) -> No
 
 
 def test_unknown_keyword() -> None:
-    with pytest.raises(TypeError, match="low_gpu_mem_usage"):
-        AutoRound("model", low_gpu_mem_usage=True)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="low_gpu_usage"):
+        AutoRound("model", low_gpu_usage=True)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    "name", ["low_gpu_mem_usage", "enable_deterministic_algorithms", "enable_torch_compile"]
+)
+def test_choices_that_are_none_say_so(name: str, llama: Path) -> None:
+    given: dict[str, Any] = {name: True}
+    with pytest.warns(UserWarning, match=f"{name} changes nothing: in every run"):
+        AutoRound(llama, **given)
 
 
 def test_model_of_the_wrong_kind() -> None:

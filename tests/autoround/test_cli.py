@@ -17,7 +17,7 @@ import autoround
 from autoround import cli
 from autoround.calib import load_tokens, pack
 from autoround.errors import InputError
-from autoround.familiar import translate
+from autoround.familiar import notes, translate
 
 ROOT = Path(__file__).parents[2]
 PGDOC = ROOT / "benchmarks/models/pgdoc"
@@ -224,6 +224,17 @@ def test_translation(given: list[str], own: list[str]) -> None:
     assert translate(given, None) == ["quantize", *own]
 
 
+def test_flags_that_change_nothing_say_so() -> None:
+    given = ["M", "--low_gpu_mem_usage", "--enable-torch-compile", "--bits", "3"]
+    assert notes(given) == [
+        "--low_gpu_mem_usage changes nothing: in every run a device holds the weights of one block "
+        "at a time",
+        "--enable-torch-compile changes nothing: in every run rounding and "
+        "products are native kernels",
+    ]
+    assert translate(given, None) == ["quantize", "M", *HOME, "--bits", "3"]
+
+
 def test_translation_names_the_recipe() -> None:
     assert translate(["M"], "light")[2:4] == ["--recipe", "light"]
     assert translate(["--model", "M", "--help"], "best") == ["quantize", "--help"]
@@ -241,10 +252,11 @@ def test_familiar_command(command: str, llama: Path, tmp_path: Path) -> None:
     options = ["--iters", "0"] if command == "default" else []
     done = subprocess.run(
         [sys.executable, "-c", code, f"--model={llama}", "--output_dir", str(tmp_path),
-         "--group_size", "32", *options],
+         "--group_size", "32", "--enable_torch_compile", *options],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "note: --enable_torch_compile changes nothing" in done.stderr
     assert (tmp_path / "llama-w4g32/config.json").is_file()
 
 
