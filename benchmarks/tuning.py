@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quality against time: models x schemes x methods x seeds, ours and a peer's.
+"""Quality against time: models x schemes x methods x seeds, ours and peers'.
 
 Every method gets the same checkpoint and the same calibration tokens, in a process of its own; all
-results are evaluated by us on the same held-out text. Rows are kept in ``rows.jsonl``, so a long
-comparison can be made in pieces: what is there is not run again.
+results are evaluated by us on the same held-out text. Rows are kept in ``rows.jsonl`` as they come,
+so a comparison of hours can be stopped and goes on where it was; ``--show`` prints what there is.
 """
 
 import argparse
 import json
-import math
 import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from itertools import product
@@ -29,9 +28,10 @@ from autoround.evaluate import evaluate
 from autoround.pipeline import load_tokenizer
 from autoround.recipe import RECIPES
 from benchmarks import _peer
+from benchmarks._plot import Point, scatter
 
 HERE = Path(__file__).parent
-#: Model -> its directory and the tokens of a sample.
+#: Model -> the tokens of a sample.
 MODELS = {"pgdoc": 512, "minilm": 128}
 SCHEMES: dict[str, dict[str, Any]] = {
     "W4G128": {"scheme": "W4A16", "bits": 4, "group_size": 128},
@@ -39,68 +39,111 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "W2G64": {"scheme": "W4A16", "bits": 2, "group_size": 64},
     "W2G128 asym": {"scheme": "W4A16", "bits": 2, "group_size": 128, "sym": False},
 }
-OURS = "autoround"
+OURS, INTEL, GPTQ = "autoround", "auto-round", "gptqmodel"
+#: Who runs a method -> the script that does, in the environment of that name.
+SCRIPTS = {OURS: "own.py", INTEL: "intel_auto_round.py", GPTQ: "gptq_model.py"}
 #: Method -> who runs it, and what is asked of them.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (OURS, {"recipe": name}) for name in RECIPES},
-    "peer": ("auto-round", {}),
-    "peer rtn": ("auto-round", {"iters": 0}),
-    "peer light": ("auto-round", {"iters": 50, "lr": 5e-3}),
-    "peer alg_ext": ("auto-round", {"enable_alg_ext": True}),
-    "peer best alg_ext": ("auto-round", {"enable_alg_ext": True, "iters": 1000}),
+    "peer": (INTEL, {}),
+    "peer rtn": (INTEL, {"iters": 0}),
+    "peer light": (INTEL, {"iters": 50, "lr": 5e-3}),
+    "peer alg_ext": (INTEL, {"enable_alg_ext": True}),
+    "peer best alg_ext": (INTEL, {"enable_alg_ext": True, "iters": 1000}),
+    "gptq": (GPTQ, {}),
+}
+#: What is compared at a scheme unless methods are named; a ratio is to the first of a peer.
+COMPARED: dict[str, tuple[str, ...]] = {
+    "W4G128": ("rtn", "light", "autoround", "signround", "peer", "peer light", "gptq"),
+    "W3G128": ("rtn", "autoround", "best", "signround2", "peer alg_ext", "gptq"),
+    "W2G64": ("rtn", "autoround", "best", "signround2", "peer alg_ext", "gptq"),
+    "W2G128 asym": ("rtn", "autoround", "peer", "gptq"),
 }
 BEST = 512  #: samples of every method that is called best
-SCRIPTS = {OURS: "peers/own.py", "auto-round": "peers/intel_auto_round.py"}
+Key = tuple[str, str, str, int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One run. ``loss``: mean KL of a language model, 1 - mean cosine of an encoder.
 
-    ``cpu``: processor seconds, compilers that the run starts included; on a shared machine the
-    truer time.
+    ``nsamples``: those offered; a recipe may take fewer. ``cpu``: processor seconds, compilers that
+    the run starts included; on a shared machine the truer time. ``peak``: bytes of the process.
     """
 
     model: str
     scheme: str
     method: str
     seed: int
+    nsamples: int
     seconds: float
     peak: int
     loss: float
     perplexity: float | None
-    cpu: float = 0.0
+    cpu: float
+
+    @property
+    def key(self) -> Key:
+        """What the run was of."""
+        return self.model, self.scheme, self.method, self.seed, self.nsamples
 
 
 def main(argv: list[str]) -> None:
-    """Compare recipes, and a peer's, in quality, time and peak memory."""
+    """Compare recipes, and peers', in quality, time and peak memory."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks tuning", description=main.__doc__)
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["pgdoc"])
-    parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=["W4G128"])
-    methods = ["rtn", "autoround", "signround"]
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=methods)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[42], help="of the samples")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="default: by scheme")
+    seeds = [42, 43, 44]
+    parser.add_argument("--seeds", nargs="+", type=int, default=seeds, help="of the samples")
     parser.add_argument("--nsamples", type=int, default=128)
-    parser.add_argument("--peer-python", type=Path, help="interpreter that has the peer already")
+    parser.add_argument("--show", action="store_true", help="run nothing, print what there is")
     parser.add_argument("-o", "--output", type=Path, default=Path(".cache/tuning"))
     o = parser.parse_args(argv)
     o.output.mkdir(parents=True, exist_ok=True)
     file = o.output / "rows.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    known = [Row(**json.loads(line)) for line in lines]
-    rows = {(r.model, r.scheme, r.method, r.seed): r for r in known}
-    keys = list(product(o.models, o.schemes, o.methods, o.seeds))
-    for key in keys:
-        if key not in rows:
-            rows[key] = _run(key, o)
-            with file.open("a") as out:
-                out.write(json.dumps(asdict(rows[key])) + "\n")
-    console = Console(width=110)
+    if not o.show:
+        _run_missing(_wanted(o), file)
+    rows = _known(file)
+    wanted = [rows[key] for key in _wanted(o) if key in rows]
+    console = Console(width=120)
     for model, scheme in product(o.models, o.schemes):
-        shown = {m: [rows[model, scheme, m, s] for s in o.seeds] for m in o.methods}
-        console.print(_table(f"{model} {scheme}, {len(o.seeds)} seeds", shown))
-        plot = o.output / f"{model}-{scheme}.svg".replace(" ", "-")
-        plot.write_text(_plot(f"{model} {scheme}", shown))
+        here = [row for row in wanted if (row.model, row.scheme) == (model, scheme)]
+        shown: dict[str, list[Row]] = {}
+        for row in here:
+            shown.setdefault(row.method, []).append(row)
+        if shown:
+            console.print(_table(f"{model} {scheme}", shown))
+            plot = o.output / f"{model}-{scheme}.svg".replace(" ", "-").lower()
+            plot.write_text(_plot(f"{model} {scheme}", shown))
+
+
+def _wanted(o: argparse.Namespace) -> list[Key]:
+    """All runs asked for: the first seed of everything comes first."""
+    return [
+        (model, scheme, method, seed, max(o.nsamples, BEST) if "best" in method else o.nsamples)
+        for seed, model, scheme in product(o.seeds, o.models, o.schemes)
+        for method in o.methods or COMPARED[scheme]
+    ]
+
+
+def _known(file: Path) -> dict[Key, Row]:
+    lines = file.read_text().splitlines() if file.exists() else []
+    return {row.key: row for row in (Row(**json.loads(line)) for line in lines)}
+
+
+def _run_missing(keys: Sequence[Key], file: Path) -> None:
+    """Rows into the file, one after another; a run that fails is told and left out."""
+    for key in keys:
+        if key in _known(file):
+            continue
+        try:
+            row = _run(key, file.parent)
+        except subprocess.CalledProcessError as error:
+            print(f"{key}: {error}", file=sys.stderr)
+            continue
+        with file.open("a") as out:
+            out.write(json.dumps(asdict(row)) + "\n")
 
 
 def _directory(model: str) -> Path:
@@ -110,75 +153,66 @@ def _directory(model: str) -> Path:
     return Path(str(next(f for f in files if f.match("model/config.json")).locate())).parent
 
 
-def _run(key: tuple[str, str, str, int], o: argparse.Namespace) -> Row:
+def _run(key: Key, where: Path) -> Row:
     """One row; the runner's last line is JSON with seconds, peak bytes and the directory."""
-    model, scheme, method, seed = key
+    model, scheme, method, seed, count = key
     source, (who, changes) = _directory(model), METHODS[method]
-    count = max(o.nsamples, BEST) if "best" in method else o.nsamples
-    tokens = o.output / f"tokens-{model}-{seed}.safetensors"
     made = load_tokens(
         None, load_tokenizer(source), nsamples=count, seqlen=MODELS[model], seed=seed
     )
+    own = where.absolute() / "-".join(map(str, key)).replace(" ", "-")
+    shutil.rmtree(own, ignore_errors=True)
+    own.mkdir()
+    tokens = own / "tokens.safetensors"
     save_file({"ids": made.ids}, tokens)
-    python = sys.executable if who == OURS else str(o.peer_python or _peer.environment(who))
-    output = o.output / "made"
-    shutil.rmtree(output, ignore_errors=True)
+    python = sys.executable if who == OURS else str(_peer.environment(who).absolute())
     asked = json.dumps(SCHEMES[scheme] | changes)
-    command = [python, str(HERE / SCRIPTS[who]), str(source), str(tokens), str(output), asked]
-    done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE)
+    script = str(HERE / "peers" / SCRIPTS[who])
+    command = [python, script, str(source), str(tokens), str(own / "made"), asked]
+    done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, cwd=own)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     found = evaluate(result["directory"], str(source))
+    shutil.rmtree(own)
     c = found.comparison
     loss = c.kl if c else 1 - (found.cosine or 0.0)
     perplexity = c.perplexity if c else None
     return Row(*key, result["seconds"], result["peak"], loss, perplexity, result["cpu"])
 
 
+def _mean(rows: Sequence[Row], field: str) -> float:
+    return statistics.mean(getattr(row, field) for row in rows)
+
+
 def _table(title: str, shown: Mapping[str, list[Row]]) -> Table:
-    """Means over the seeds, beside the first method's."""
-    first = next(iter(shown))
+    """Means over the seeds, beside those of the first peer's."""
+    base = next((m for m in shown if METHODS[m][0] != OURS), next(iter(shown)))
     table = Table(
-        "method", "loss", "spread", "perplexity", "seconds", "CPU s", "peak",
-        f"loss / {first}", f"CPU / {first}", title=title,
+        "method", "seeds", "loss", "least - most", "perplexity", "seconds", "CPU s", "peak MB",
+        f"loss / {base}", "CPU s", "peak", title=title,
     )  # fmt: skip
-    base = shown[first]
     for method, rows in shown.items():
-        losses = [r.loss for r in rows]
-        seconds, cpu = (statistics.mean(getattr(r, k) for r in rows) for k in ("seconds", "cpu"))
+        losses = [row.loss for row in rows]
+        ratios = (_mean(rows, k) / _mean(shown[base], k) for k in ("loss", "cpu", "peak"))
         table.add_row(
             method,
-            f"{statistics.mean(losses):.5f}",
-            f"{max(losses) - min(losses):.5f}",
-            f"{statistics.mean(r.perplexity or 0 for r in rows):.3f}" if rows[0].perplexity else "",
-            f"{seconds:.1f}",
-            f"{cpu:.1f}" if cpu else "",
-            f"{max(r.peak for r in rows) / 1e6:.0f} MB",
-            f"{statistics.mean(losses) / statistics.mean(r.loss for r in base):.3f}",
-            f"{cpu / max(statistics.mean(r.cpu for r in base), 1e-9):.2f}" if cpu else "",
+            str(len(rows)),
+            f"{_mean(rows, 'loss'):.5f}",
+            f"{min(losses):.5f} - {max(losses):.5f}",
+            f"{_mean(rows, 'perplexity'):.3f}" if rows[0].perplexity else "",
+            f"{_mean(rows, 'seconds'):.1f}",
+            f"{_mean(rows, 'cpu'):.1f}",
+            f"{_mean(rows, 'peak') / 1e6:.0f}",
+            *(f"{ratio:.2f}" for ratio in ratios),
         )
     return table
 
 
 def _plot(title: str, shown: Mapping[str, list[Row]]) -> str:
-    """Loss over seconds, both logarithmic, as SVG: left and low is good."""
-    every = [row for rows in shown.values() for row in rows]
-    points = [(r.method, math.log10(r.seconds), math.log10(r.loss)) for r in every]
-    spans = []
-    for axis in (1, 2):
-        low, high = min(p[axis] for p in points), max(p[axis] for p in points)
-        spans.append((low - 0.1, max(high - low, 0.1) + 0.2))
-    marks = []
-    for method, x, y in points:
-        right = 60 + 500 * (x - spans[0][0]) / spans[0][1]
-        down = 360 - 320 * (y - spans[1][0]) / spans[1][1]
-        label = f"{method}: {10**x:.0f} s, {10**y:.5f}"
-        marks.append(
-            f'<circle cx="{right:.0f}" cy="{down:.0f}" r="3"/>'
-            f'<text x="{right + 5:.0f}" y="{down - 5:.0f}">{label}</text>'
-        )
-    return (
-        '<svg xmlns="http://www.w3.org/2000/svg" width="760" height="400" font-size="11">'
-        '<rect width="760" height="400" fill="white"/>'
-        f'<text x="60" y="20">{title}: loss (up) over seconds (right), both logarithmic</text>'
-        f'<path d="M60 40V360H740" fill="none" stroke="black"/>{"".join(marks)}</svg>\n'
-    )
+    """Loss over processor seconds: left and low is good."""
+    points = []
+    for method, rows in shown.items():
+        losses = [row.loss for row in rows]
+        at = _mean(rows, "cpu"), _mean(rows, "loss")
+        points.append(Point(method, *at, min(losses), max(losses), METHODS[method][0] == OURS))
+    loss = "KL" if shown[next(iter(shown))][0].perplexity else "1 - cosine"
+    return scatter(title, "processor seconds", loss, points)
