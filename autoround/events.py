@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run tells on its way. A listener is a callable that takes these, in this order."""
 
+import math
+import re
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autoround.calib import TokenSet
     from autoround.plan import ModelPlan
     from autoround.run import BlockReport, Run
+    from autoround.stages import BlockTask
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,16 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockFailed:
+    """An exception leaves a block, whose tensors are still there; nothing of it is written."""
+
+    index: int
+    name: str
+    task: "BlockTask"
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
 class BlockDone:
     """A block is tuned and written."""
 
@@ -62,9 +76,74 @@ class Finished:
     run: "Run"
 
 
-Event = Planned | Calibrated | Resumed | BlockStarted | Step | BlockDone | Finished
+Event = Planned | Calibrated | Resumed | BlockStarted | Step | BlockFailed | BlockDone | Finished
 Listener = Callable[[Event], None]
 
 
 def unheard(event: Event) -> None:
     """The listener of a run that nobody watches."""
+
+
+def together(*listeners: Listener) -> Listener:
+    """One listener that passes on to all."""
+
+    def tell(event: Event) -> None:
+        for listener in listeners:
+            listener(event)
+
+    return tell
+
+
+def to_json(event: Event) -> dict[str, Any]:
+    """Plain values; ``event`` says which it is. Losses that do not exist are null.
+
+    planned: blocks, weights, bits_per_weight, nbytes, formats, quantized, kept;
+    calibrated: tokens (rows, columns), digest, description;
+    resumed: blocks; block_started: index, name; step: t, loss; block_failed: index, name,
+    error;
+    block_done: index, name, loss_rtn, loss, seconds, peak_bytes, sparse_experts;
+    finished: output, seconds, peak_bytes, nbytes, directories (each with its proof).
+    """
+    return {"event": _name(event)} | _fields(event)
+
+
+def _name(event: Event) -> str:
+    """``BlockDone`` -> ``block_done``"""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
+
+
+def _fields(event: Event) -> dict[str, Any]:
+    match event:
+        case Planned(plan):
+            return {
+                "blocks": len(plan.blocks),
+                "weights": plan.quantized_weights,
+                "bits_per_weight": plan.bits_per_weight,
+                "nbytes": plan.nbytes,
+                "formats": [target.packing.name for target in plan.targets],
+                "quantized": len(plan.layers),
+                "kept": dict(Counter(plan.kept_because.values())),
+            }
+        case Calibrated(tokens):
+            shape, digest = [*tokens.ids.shape], tokens.digest
+            return {"tokens": shape, "digest": digest, "description": tokens.description}
+        case Resumed(blocks):
+            return {"blocks": len(blocks)}
+        case BlockStarted(index, name):
+            return {"index": index, "name": name}
+        case Step(t, loss):
+            return {"t": t, "loss": loss if math.isfinite(loss) else None}
+        case BlockFailed(index, name, _, error):
+            return {"index": index, "name": name, "error": f"{type(error).__name__}: {error}"}
+        case BlockDone(report):
+            values = asdict(report)
+            return {k: None if v != v else v for k, v in values.items()}  # NaN is no JSON
+        case Finished(run):
+            proofs = {str(v.directory): str(v) for v in run.verdicts}
+            return {
+                "output": str(run.output),
+                "seconds": run.seconds,
+                "peak_bytes": run.peak_bytes,
+                "nbytes": run.plan.nbytes,
+                "directories": proofs,
+            }

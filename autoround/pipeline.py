@@ -22,6 +22,7 @@ from autoround.checkpoint import Checkpoint, resolve
 from autoround.errors import InputError
 from autoround.events import (
     BlockDone,
+    BlockFailed,
     BlockStarted,
     Calibrated,
     Finished,
@@ -124,7 +125,7 @@ class _Engine:
     ) -> None:
         self.recipe, self.streamed, self.plan = recipe, streamed, plan
         self.artefact, self.out = artefact, run
-        self.stages = _stages(recipe, lambda t, loss: run.tell(Step(t, loss)))
+        self.stages = stages_of(recipe, lambda t, loss: run.tell(Step(t, loss)))
         self.pool = Pool(run.output, spill)
 
     def run(self, tokens: TokenSet | None) -> None:
@@ -163,7 +164,11 @@ class _Engine:
         with self.streamed.block(index) as module:
             tasks = {key: _layer_task(layer, self.streamed) for key, layer in layers.items()}
             task = BlockTask(index, module, tasks, self._computing)
-            yield task
+            try:
+                yield task
+            except Exception as error:
+                self.out.tell(BlockFailed(index, name, task, error))
+                raise
             for key, layer in layers.items():
                 self._write(layer, tasks[key])
         trim()
@@ -207,12 +212,10 @@ class _Engine:
         floats = Samples({i: call for i, call in calls.items() if i < n})
         quants = Samples({i - n: call for i, call in calls.items() if i >= n})
         calls.clear()
+        task.x, task.floats = quants if quants.indices else floats, floats
         outputs = self._forward_all(task, floats, {}, self._finite)
         task.y = {i: hidden(out) for i, out in outputs.items()}
-        task.x = quants if quants.indices else floats
-        task.floats = floats
-        if self.recipe.feedback:
-            task.held = task.x.indices[1:][-max(1, n // HELD_OUT) :]
+        task.held = held_out(self.recipe, task.x.indices)
         if task.layers:
             self._run_stages(task)
         yield outputs
@@ -286,7 +289,12 @@ class _Engine:
             self.artefact.put(self.plan.contents.modules[part.key], q.rows(*part.rows))
 
 
-def _stages(recipe: Recipe, on_step: Callable[[int, float], None]) -> tuple[Stage, ...]:
+def held_out(recipe: Recipe, indices: tuple[int, ...]) -> tuple[int, ...]:
+    """The samples that only judge."""
+    return indices[1:][-max(1, len(indices) // HELD_OUT) :] if recipe.feedback else ()
+
+
+def stages_of(recipe: Recipe, on_step: Callable[[int, float], None]) -> tuple[Stage, ...]:
     """What a recipe does to each block, in order."""
     stages: list[Stage] = [Search()]
     size = recipe.batch_size

@@ -38,7 +38,10 @@ class BlockReport:
 
 @dataclass(slots=True)
 class Run:
-    """What a finished run leaves: the artefact's directory and how it came about."""
+    """What a finished run leaves: the artefact's directory and how it came about.
+
+    ``peak_bytes``: the largest resident size of the process until the files were proven.
+    """
 
     output: Path
     plan: ModelPlan
@@ -48,10 +51,12 @@ class Run:
     blocks: list[BlockReport] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     seconds: float = 0.0
+    peak_bytes: int = 0
 
     def prove(self, directories: Iterable[Path]) -> None:
         """Read the finished directories back. InputError at a difference; nothing is lost."""
         self.verdicts = prove(directories)
+        self.peak_bytes = peak_bytes()
         wrong = [v for v in self.verdicts if not v.ok]
         if wrong:
             raise InputError(
@@ -92,9 +97,19 @@ class Source:
 
 def peak_bytes() -> int:
     """Largest resident size of this process so far, mapped file pages included."""
+    # ru_maxrss starts at the parent's size after fork and exec; VmHWM is this program's own.
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def resident_bytes() -> int:
+    """Resident size of this process now, mapped file pages included; 0 where unknown."""
+    return _status("VmRSS")
+
+
+def _status(key: str) -> int:
+    """Bytes of a row of /proc/self/status; 0 without one."""
     try:
-        # ru_maxrss starts at the parent's size after fork and exec; VmHWM is this program's own.
         lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), 0)

@@ -1,43 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run looks like in a terminal, and in a log file: one line per finished block."""
+"""What a run looks like in a terminal, and in a file that its output is sent to.
+
+Every finished block is one row that stays, in a terminal and in a file alike. Below the rows a
+terminal shows what goes on: the block, its steps, the time left, memory and disk.
+"""
 
 import math
 import re
+import shutil
 import time
+from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
-from autoround.events import BlockDone, BlockStarted, Calibrated, Event, Planned, Step
+from autoround.events import BlockDone, BlockStarted, Calibrated, Event, Planned, Resumed, Step
+from autoround.run import peak_bytes, resident_bytes
+from autoround.tables import clock, size
 
 if TYPE_CHECKING:  # a run that builds no model imports no transformers
-    from autoround.evaluate import Evaluation
-    from autoround.outlook import Outlook
     from autoround.plan import ModelPlan
-    from autoround.run import BlockReport, Run
+    from autoround.run import BlockReport
+
+#: Column -> its width and how soon a narrow terminal goes without it (0 = never).
+COLUMNS = {
+    "": (7, 0), "block": (20, 4), "rounded": (10, 2), "tuned": (10, 3), "change": (7, 0),
+    "time": (8, 0), "left": (8, 0), "peak": (9, 1),
+}  # fmt: skip
+#: Those of runs that measure losses.
+LOSSES = ("rounded", "tuned", "change")
 
 
 class Terminal:
-    """Shows a run's progress. Without a terminal the live bar is left out, the lines stay."""
+    """Shows a run on a console; a listener. Without a terminal the live part is left out."""
 
-    def __init__(self, console: Console, iters: int) -> None:
-        self.console, self.iters = console, iters
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total} steps"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal or iters == 0,
-        )
-        self._task = self._bar.add_task("", total=max(iters, 1), visible=False)
-        self._blocks, self._started = 0, 0.0
+    def __init__(self, console: Console, iters: int, output: Path) -> None:
+        self.console, self._iters, self._output = console, iters, output
+        self._shows = console.is_terminal and not console.is_dumb_terminal and not console.quiet
+        self._pace = Pace([])
+        self._columns: list[str] = []
+        self._name, self._step = "", (0, math.nan)
+        self._live = Live(console=console, transient=True, get_renderable=self._now)
 
     def __enter__(self) -> Self:
-        self._bar.start()
+        if self._shows:
+            self._live.start()
         return self
 
     def __exit__(
@@ -46,7 +59,7 @@ class Terminal:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bar.stop()
+        self._live.stop()
 
     def __call__(self, event: Event) -> None:
         """Listen to a run."""
@@ -55,117 +68,146 @@ class Terminal:
                 self._planned(plan)
             case Calibrated(tokens):
                 self.console.print(f"calibration: {tokens.description}", soft_wrap=True)
+            case Resumed(blocks):
+                for report in blocks:
+                    self._pace.done(report.index, report.seconds)
+                count = f"{len(blocks)} of {len(self._pace.weights)} blocks"
+                self.console.print(f"continued: {count} were finished before", soft_wrap=True)
             case BlockStarted(_, name):
-                self._bar.reset(self._task, description=name, visible=False)
-            case Step(t, _):
-                self._bar.update(self._task, completed=t + 1, visible=True)
+                self._name, self._step = name, (0, math.nan)
+                self._pace.start()
+            case Step(t, loss):
+                self._step = (t + 1, loss)
             case BlockDone(report):
                 self._block_done(report)
 
     def _planned(self, plan: "ModelPlan") -> None:
-        self._blocks, self._started = len(plan.blocks), time.perf_counter()
-        kept = {name: why for name, why in plan.kept_because.items() if "instead" not in why}
+        self._pace = Pace([sum(math.prod(x.view.shape) for x in b) for b in plan.blocks])
+        self._columns = []
         packings = ", ".join(target.packing.name for target in plan.targets)
-        self.console.print(
-            f"{len(plan.layers)} weights in {self._blocks} blocks -> {packings}, "
-            f"{plan.bits_per_weight:.2f} bits a weight, {_bytes(plan.nbytes)} in all",
-            soft_wrap=True,
+        self._say(
+            f"{len(plan.layers)} weights in {len(plan.blocks)} blocks -> {packings}, "
+            f"{plan.bits_per_weight:.2f} bits a weight, {size(plan.nbytes)} in all"
         )
-        changed = [
-            re.sub(r"\.\d+\.", ".*.", why) for why in plan.kept_because.values() if "instead" in why
-        ]
-        for reason in sorted(set(changed)):
-            self.console.print(
-                f"  changed {changed.count(reason)}: {reason}", style="yellow", soft_wrap=True
-            )
-        for reason in sorted(set(kept.values())):
-            count = sum(why == reason for why in kept.values())
-            self.console.print(f"  kept {count}: {reason}", style="dim", soft_wrap=True)
+        reasons = [re.sub(r"\.\d+\.", ".*.", why) for why in plan.kept_because.values()]
+        for reason in sorted(set(reasons), key=lambda why: ("instead" not in why, why)):
+            verb, style = ("changed", "yellow") if "instead" in reason else ("kept", "dim")
+            self._say(f"  {verb} {reasons.count(reason)}: {reason}", style)
+
+    def _say(self, text: str, style: str = "") -> None:
+        self.console.print(text, style=style, soft_wrap=True, markup=False, highlight=False)
 
     def _block_done(self, report: "BlockReport") -> None:
-        done = report.index + 1
-        left = (time.perf_counter() - self._started) / done * (self._blocks - done)
-        losses = (
-            "" if math.isnan(report.loss) else f"loss {_change(report.loss_rtn, report.loss)}  "
+        self._pace.done(report.index, report.seconds)
+        if not self._columns:
+            self._columns = self._chosen(measured=not math.isnan(report.loss))
+            self._row({name: name for name in self._columns}, "dim")
+        before, after = report.loss_rtn, report.loss
+        change = f"{after / before - 1:+.0%}" if before > 0 else ""
+        cells = {
+            "": f"{report.index + 1}/{len(self._pace.weights)}",
+            "block": report.name,
+            "rounded": "" if math.isnan(before) else f"{before:.3e}",
+            "tuned": "" if math.isnan(after) else f"{after:.3e}",
+            "change": change,
+            "time": clock(report.seconds) if report.seconds >= 60 else f"{report.seconds:.1f} s",
+            "left": clock(self._pace.left()),
+            "peak": size(report.peak_bytes),
+        }
+        self._row(cells)
+        self._name = ""
+
+    def _chosen(self, *, measured: bool) -> list[str]:
+        """Columns that the width has room for; a file has room for all."""
+        names = [name for name in COLUMNS if measured or name not in LOSSES]
+        for name in sorted(names, key=lambda n: COLUMNS[n][1]):
+            total = sum(COLUMNS[n][0] + 1 for n in names)
+            if COLUMNS[name][1] and self.console.is_terminal and total > self.console.width:
+                names.remove(name)
+        return names
+
+    def _row(self, cells: dict[str, str], style: str = "") -> None:
+        line = ""
+        for name in self._columns:
+            width = COLUMNS[name][0]
+            if name == "block":
+                spare = self.console.width - sum(COLUMNS[n][0] + 1 for n in self._columns) - 1
+                width += max(0, min(spare, 20)) if self.console.is_terminal else 20
+                cut = self.console.is_terminal and len(cells[name]) > width
+                text = "…" + cells[name][-width + 1 :] if cut else cells[name]
+                line += f" {text:<{width}}"
+            else:
+                line += f" {cells[name]:>{width}}"
+        self._say(line.rstrip(), style)
+
+    def _now(self) -> RenderableType:
+        """The live part: the block at work with its steps, then the whole."""
+        pace = self._pace
+        if not pace.weights:
+            return Text("reading headers", style="dim")
+        lines: list[RenderableType] = []
+        if self._name:
+            t, loss = self._step
+            row = Table.grid(padding=(0, 1))
+            bar = ProgressBar(total=max(self._iters, 1), completed=t, width=20)
+            steps = f"{t}/{self._iters}  loss {loss:.3e}" if t else clock(pace.spent())
+            row.add_row(Text(self._name, style="bold"), bar if t else Text("…"), Text(steps))
+            lines.append(row)
+        left = f", about {clock(pace.left())} left" if pace.finished else ""
+        lines.append(
+            Text(
+                f"{pace.finished}/{len(pace.weights)} blocks, {clock(pace.gone())} gone{left}; "
+                f"memory {size(resident_bytes())}, peak {size(peak_bytes())}; "
+                f"disk {size(free_bytes(self._output))} free",
+                style="dim",
+            )
         )
-        self.console.print(
-            f"[{done}/{self._blocks}] {report.name}  {losses}{report.seconds:.1f} s  "
-            f"ETA {_clock(left)}  peak {_bytes(report.peak_bytes)}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        return Group(*lines)
 
 
-def outlook_tables(found: "Outlook") -> list[Table | str]:
-    """Every kind of weight, then every file."""
-    kinds = Table("weights", "count", "shape", "becomes", "size", "kernels, or why kept")
-    kinds.columns[0].overflow = "fold"
-    for kind in found.kinds:
-        shape = " x ".join(map(str, kind.shape))
-        size = _bytes(kind.nbytes)
-        kinds.add_row(kind.name, str(kind.count), shape, kind.scheme, size, kind.kernels)
-    files = Table("file", "bytes")
-    for directory, sizes in found.files.items():
-        for name, nbytes in sizes.items():
-            files.add_row(str(directory / name), f"{nbytes:,}")
-    files.add_row("all", f"{found.nbytes:,}")
-    plan = found.plan
-    said = (
-        f"{len(plan.layers)} weights quantized at {plan.bits_per_weight:.3f} bits; "
-        f"{_bytes(found.free)} free on the disk"
-    )
-    return [kinds, files, said]
+class Pace:
+    """How long the rest takes: as long a weight as the blocks that are done, whoever did them."""
+
+    def __init__(self, weights: list[int], clock: Callable[[], float] = time.perf_counter) -> None:
+        """``weights``: of every block."""
+        self.weights, self._clock = weights, clock
+        self._seconds: dict[int, float] = {}
+        self._began = self._started = clock()
+
+    def start(self) -> None:
+        """A block begins."""
+        self._started = self._clock()
+
+    def done(self, index: int, seconds: float) -> None:
+        """A block has taken so long, in this run or before it was resumed."""
+        self._seconds[index] = seconds
+        self._started = self._clock()
+
+    @property
+    def finished(self) -> int:
+        """Blocks that are done."""
+        return len(self._seconds)
+
+    def gone(self) -> float:
+        """Seconds since the run began."""
+        return self._clock() - self._began
+
+    def spent(self) -> float:
+        """Seconds since the block at work began."""
+        return self._clock() - self._started
+
+    def left(self) -> float:
+        """Seconds until the last block is done; 0 where nothing tells."""
+        # Blocks without a weight to quantize take as long as the smallest share that counts.
+        sizes = [max(n, 1) for n in self.weights]
+        done = sum(sizes[i] for i in self._seconds if i < len(sizes))
+        if not done:
+            return 0.0
+        rest = sum(n for i, n in enumerate(sizes) if i not in self._seconds)
+        return max(0.0, sum(self._seconds.values()) / done * rest - (self.spent() if rest else 0))
 
 
-def summary(run: "Run", source_bytes: int) -> Table:
-    """The closing table of a run."""
-    table = Table(show_header=False, box=None)
-    table.add_row("size", f"{_bytes(source_bytes)} -> {_bytes(run.plan.nbytes)}")
-    table.add_row(
-        "bits a weight", f"{run.plan.bits_per_weight:.3f} in {len(run.plan.layers)} weights"
-    )
-    tuned = [b for b in run.blocks if not math.isnan(b.loss)]
-    if tuned:
-        better = sum(b.loss < b.loss_rtn for b in tuned)
-        table.add_row("blocks better than RTN", f"{better} of {len(tuned)}")
-    table.add_row("time", _clock(run.seconds))
-    table.add_row("peak memory", _bytes(max((b.peak_bytes for b in run.blocks), default=0)))
-    return table
-
-
-def evaluation_table(result: "Evaluation") -> Table:
-    """A quantized model beside its float self."""
-    table = Table("", "float", "quantized")
-    table.add_row("weights", _bytes(result.float_nbytes), _bytes(result.nbytes))
-    table.add_row("layers on hal.qgemm", "", str(result.quantized_layers))
-    table.add_row("bits a weight", "", f"{result.bits_per_weight:.3f}")
-    table.add_row("products", "", result.compute)
-    if c := result.comparison:
-        table.add_row("perplexity", f"{c.float_perplexity:.4f}", f"{c.perplexity:.4f}")
-        table.add_row("KL, mean", "", f"{c.kl:.5f}")
-        table.add_row("KL, median / p99", "", f"{c.kl_median:.5f} / {c.kl_p99:.4f}")
-        table.add_row("same top token", "", f"{c.same_top:.2%}")
-    if result.cosine is not None:
-        table.add_row("embedding cosine", "", f"{result.cosine:.5f}")
-    if result.speed and result.float_speed:
-        table.add_row("decoding, tokens/s", f"{result.float_speed:.1f}", f"{result.speed:.1f}")
-    return table
-
-
-def _change(before: float, after: float) -> str:
-    share = f" ({after / before - 1:+.0%})" if before else ""
-    return f"{before:.3e} -> {after:.3e}{share}"
-
-
-def _bytes(n: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    return f"{n:.2f} TB"
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+def free_bytes(path: Path) -> int:
+    """Free space of the disk that a path is or will be on."""
+    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+    return shutil.disk_usage(parent).free

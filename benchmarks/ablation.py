@@ -70,7 +70,7 @@ def _measured(part: Part, changes: dict[str, int], output: Path) -> tuple[float,
     gain = feedback.gain if part.at_output else lambda *_: None
     started = time.process_time()
     with (
-        mock.patch.object(pipeline, "_stages", return_value=stages),
+        mock.patch.object(pipeline, "stages_of", return_value=stages),
         mock.patch.object(feedback, "gain", gain),
     ):
         source = pipeline.Source(MODEL, device_by_name(None))

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from autoround.cli.files import convert, export, verify
+from autoround.cli.lists import listing
 from autoround.cli.models import evaluate, generate
 from autoround.cli.quantize import plan, quantize
-from autoround.cli.tables import tables
+from autoround.cli.words import Failed
 from autoround.errors import InputError
 from autoround.version import VERSION
 
@@ -23,7 +24,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "verify": verify,
     "eval": evaluate,
     "generate": generate,
-    "list": tables,
+    "list": listing,
 }
 
 app = typer.Typer(
@@ -54,7 +55,7 @@ def _root(
 
 
 def main() -> None:
-    """Entry point: input errors are one line on stderr and exit code 2."""
+    """Entry point: an error is one line on stderr; exit code 2 = the input's, 1 = ours."""
     run(sys.argv[1:])
 
 
@@ -64,6 +65,12 @@ def run(arguments: list[str]) -> None:
         app(arguments)
     except InputError as error:
         fail(str(error), 2)
+    except Failed as error:
+        fail(str(error), 1)
+    except Exception as error:
+        from autoround.failure import unexpected
+
+        fail(unexpected(error, arguments), 1)
     except SystemExit as end:  # typer turns ctrl-C into this code without a word
         if end.code == 130:
             fail("stopped; nothing was left behind", 130)

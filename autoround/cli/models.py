@@ -23,7 +23,7 @@ def evaluate(
     import json
 
     from autoround import evaluate as evaluation
-    from autoround.terminal import evaluation_table
+    from autoround.tables import evaluation_table
 
     result = evaluation.evaluate(
         model,

@@ -2,6 +2,7 @@
 """`autoround quantize` and `plan`, which take the same options."""
 
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -10,13 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autoround.cli.words import console, option, say
+from autoround.cli.words import Failed, console, option, say
 from autoround.errors import InputError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from autoround.events import Listener
     from autoround.recipe import Recipe
     from autoround.run import Run, Source
-    from autoround.terminal import Terminal
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +231,9 @@ def _about_a_run(command: Callable[..., None]) -> Callable[..., None]:
 def quantize(
     job: Job,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Events on stdout, one JSON object a line.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and stop; also `plan`.")
     ] = False,
@@ -236,19 +242,35 @@ def quantize(
     if dry_run:
         _foresee(job)
         return
-    from autoround.terminal import Terminal, summary
+    from autoround.events import together
+    from autoround.failure import Recorder, advice, said
+    from autoround.log import Lines, Log
+    from autoround.tables import summary
+    from autoround.terminal import Terminal
 
-    out = console(quiet)
-    with Terminal(out, job.recipe.iters) as terminal:
-        run = _run(job, terminal)
-    out.print(summary(run, run.source_bytes))
-    say([] if quiet else run.verdicts)
+    out = console(quiet, aside=json_output)
+    lines = [Lines(sys.stdout)] if json_output else []
+    log, recorder = Log(job.output), Recorder()
+    try:
+        with Terminal(out, job.recipe.iters, job.output) as terminal:
+            run = _run(job, together(log, recorder, *lines, terminal), out)
+    except InputError as error:
+        for listener in lines:
+            listener.say({"event": "failed", "error": str(error), "bundle": None})
+        raise
+    except Exception as error:
+        found = recorder.bundle(error, job.recipe, job.source(), job.output, [*log.tail])
+        for listener in lines:
+            listener.say({"event": "failed", "error": said(error), "bundle": str(found)})
+        raise Failed(f"{said(error)}; details in {found}; next: {advice(error)}") from error
+    out.print(summary(run))
+    say(run.verdicts, out)
     first = run.verdicts[0].directory
     words = f"written to {job.output}; next: autoround eval {first} --against {job.model}"
     out.print(words, soft_wrap=True)
 
 
-def _run(job: Job, terminal: "Terminal") -> "Run":
+def _run(job: Job, listener: "Listener", out: "Console") -> "Run":
     """The run, in the way that needs the least: without a model where names say enough."""
     from autoround import stream
     from autoround.checkpoint import Checkpoint, resolve
@@ -257,17 +279,17 @@ def _run(job: Job, terminal: "Terminal") -> "Run":
         from autoround import budget
 
         goal = budget.goal(job.budget, job.target_kl)
-        run, rungs = budget.quantize(job.recipe, job.source(), job.output, goal, listener=terminal)
+        run, rungs = budget.quantize(job.recipe, job.source(), job.output, goal, listener=listener)
         for rung in rungs:
-            terminal.console.print(rung)
+            out.print(rung)
         return run
     checkpoint = None if job.recipe.calibrates else Checkpoint(resolve(job.model))
     source = job.source()
     if checkpoint and stream.refuse(job.recipe, checkpoint) is None:
-        return stream.quantize(job.recipe, checkpoint, job.output, terminal)
+        return stream.quantize(job.recipe, checkpoint, job.output, listener)
     from autoround import pipeline
 
-    return pipeline.quantize(job.recipe, source, job.output, listener=terminal)
+    return pipeline.quantize(job.recipe, source, job.output, listener=listener)
 
 
 @_about_a_run
@@ -278,7 +300,7 @@ def plan(job: Job) -> None:
 
 def _foresee(job: Job) -> None:
     from autoround.outlook import outlook
-    from autoround.terminal import outlook_tables
+    from autoround.tables import outlook_tables
 
     found = outlook(job.recipe, job.source(), job.output)
     for part in outlook_tables(found):

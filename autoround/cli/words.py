@@ -19,6 +19,10 @@ class Compute(StrEnum):
     fast = "fast"
 
 
+class Failed(Exception):
+    """Not the user's fault: one line that says what happened, where the facts are, what next."""
+
+
 def option(help: str, *names: str) -> Any:
     """An option without a default of its own to show."""
     return typer.Option(*names, help=help, show_default=False)
@@ -37,16 +41,16 @@ Products = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 
 
-def console(quiet: bool = False) -> "Console":
-    """Where human text goes: stdout."""
+def console(quiet: bool = False, *, aside: bool = False) -> "Console":
+    """Where human text goes: stdout; ``aside``: stderr, where stdout is for programs."""
     from rich.console import Console
 
-    return Console(quiet=quiet)
+    return Console(quiet=quiet, stderr=aside)
 
 
-def say(found: "list[Verdict]") -> None:
+def say(found: "list[Verdict]", out: "Console | None" = None) -> None:
     """One line a directory and one a difference; exit code 1 where there are any."""
-    out = console()
+    out = out or console()
     for verdict in found:
         out.print(str(verdict), soft_wrap=True, markup=False)
         for difference in verdict.differences:

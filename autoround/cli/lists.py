@@ -21,7 +21,7 @@ class Listing(StrEnum):
     recipes = "recipes"
 
 
-def tables(what: Annotated[Listing, typer.Argument(help="What to list.")]) -> None:
+def listing(what: Annotated[Listing, typer.Argument(help="What to list.")]) -> None:
     """Show the tables: schemes, formats, devices, recipes."""
     console().print(_listing(what))
 
