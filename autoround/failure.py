@@ -142,7 +142,7 @@ ADVICE: tuple[tuple[tuple[str, ...], str], ...] = (
         "see what it needs with `autoround plan ... --ram SIZE`, which names the cheapest change",
     ),
     (("no space left", "disk quota"), "free some space, or choose another -o"),
-    ((), "send that directory with a report; --recipe rtn needs no forward of the model"),
+    ((), "send that directory with a report"),
 )
 
 

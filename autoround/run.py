@@ -3,6 +3,7 @@
 
 import math
 import resource
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,3 +114,9 @@ def _status(key: str) -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), 0)
+
+
+def free_bytes(path: Path) -> int:
+    """Free space of the disk that a path is or will be on."""
+    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+    return shutil.disk_usage(parent).free

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 if TYPE_CHECKING:  # a run that builds no model imports no transformers
+    from autoround.doctor import Diagnosis
     from autoround.evaluate import Evaluation
     from autoround.outlook import Outlook
     from autoround.run import Run
@@ -66,6 +67,44 @@ def evaluation_table(result: "Evaluation") -> Table:
     if result.speed and result.float_speed:
         table.add_row("decoding, tokens/s", f"{result.float_speed:.1f}", f"{result.speed:.1f}")
     return table
+
+
+def doctor_parts(found: "Diagnosis") -> list[Table | str]:
+    """What `autoround doctor` found, the verdict last."""
+    about = Table(show_header=False, box=None)
+    for d in found.devices:
+        if "unavailable" in d:
+            about.add_row(d["device"], f"unavailable: {d['unavailable']}")
+            continue
+        features = ", ".join(d["features"]) or "no native kernels"
+        about.add_row(d["device"], f"{d['name']}; {d['threads']} of {d['units']} threads")
+        about.add_row("", f"{d['arch']} ({features}); served by {', '.join(d['served_by'])}")
+        if d["read_bytes_s"]:
+            speed = f"{size(d['read_bytes_s'])}/s read, {d['peak_ops_s'] / 1e9:.0f} GFLOP/s"
+            about.add_row("", f"one thread at best: {speed}")
+    about.add_row("memory", f"{size(found.memory['free'])} of {size(found.memory['total'])} free")
+    disk = found.disk
+    rates = [f"{verb}s {size(disk[f'{verb}_bytes_s'])}/s" for verb in ("write", "read")
+             if f"{verb}_bytes_s" in disk]  # fmt: skip
+    told = ", ".join([*rates, *([disk["problem"]] if "problem" in disk else [])])
+    about.add_row("disk", f"{size(disk['free'])} free; {told}")
+    about.add_row("versions", ", ".join(f"{k} {v}" for k, v in found.versions.items()))
+    proofs = Table("device", "proven against the reference", "checks", "largest error", "")
+    for p in found.proofs:
+        verdict = f"WRONG: {', '.join(p.wrong)}" if p.wrong else "right"
+        worst = f"{p.worst:.1e}" if p.worst else "none"
+        proofs.add_row(p.device, p.family, str(p.checks), worst, verdict)
+    timed = Table(
+        "device", "4 bits, 4096 x 4096, rows", "kernel", "ms, one thread", "of the roofline"
+    )
+    for t in found.timed:
+        share = f"{t.of_roofline:.0%} ({t.bound})"
+        timed.add_row(t.device, str(t.m), t.kernel, f"{t.milliseconds:.2f}", share)
+    missing = [
+        f"missing {name}: no {what}; {command}" for name, (what, command) in found.missing.items()
+    ]
+    verdict = "every kernel is right" if found.sound else "WRONG answers: use HAL_BACKEND=reference"
+    return [about, proofs, timed, *missing, verdict]
 
 
 def size(n: float) -> str:

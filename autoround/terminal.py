@@ -7,7 +7,6 @@ terminal shows what goes on: the block, its steps, the time left, memory and dis
 
 import math
 import re
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autoround.events import BlockDone, BlockStarted, Calibrated, Event, Planned, Resumed, Step
-from autoround.run import peak_bytes, resident_bytes
+from autoround.run import free_bytes, peak_bytes, resident_bytes
 from autoround.tables import clock, size
 
 if TYPE_CHECKING:  # a run that builds no model imports no transformers
@@ -205,9 +204,3 @@ class Pace:
             return 0.0
         rest = sum(n for i, n in enumerate(sizes) if i not in self._seconds)
         return max(0.0, sum(self._seconds.values()) / done * rest - (self.spent() if rest else 0))
-
-
-def free_bytes(path: Path) -> int:
-    """Free space of the disk that a path is or will be on."""
-    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
-    return shutil.disk_usage(parent).free

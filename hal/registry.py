@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from hal import config
 from hal.block import BlockOps
@@ -62,6 +63,15 @@ class Kernel:
     layout: str = "plain"
 
 
+@dataclass(frozen=True, slots=True)
+class Probes:
+    """The most that kernels could do: ``read`` all bytes of a uint8 tensor; ``peak`` multiplies
+    registers and returns the number of multiplications and additions."""
+
+    read: Callable[[Tensor], None]
+    peak: Callable[[], int]
+
+
 class Backend(Protocol):
     """One file in ``hal/backends``: its kernels, best first, and the facts about its devices."""
 
@@ -75,6 +85,8 @@ class Backend(Protocol):
     def caps(self, index: int) -> Caps: ...
 
     def block_ops(self) -> BlockOps: ...
+
+    def probes(self) -> Probes | None: ...
 
 
 class Unsupported(RuntimeError):

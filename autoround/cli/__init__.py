@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from autoround.cli.doctor import doctor
 from autoround.cli.files import convert, export, verify
 from autoround.cli.lists import listing
 from autoround.cli.models import evaluate, generate
@@ -25,6 +26,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "generate": generate,
     "list": listing,
+    "doctor": doctor,
 }
 
 app = typer.Typer(

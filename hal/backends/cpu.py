@@ -15,7 +15,7 @@ from hal.block import Attention, BlockOps
 from hal.layout import Layout, Parts
 from hal.plan import Weight
 from hal.qtensor import Params
-from hal.registry import BUCKETS, Caps, Case, Kernel
+from hal.registry import BUCKETS, Caps, Case, Kernel, Probes
 from hal.spec import Spec
 
 KIND = "cpu"
@@ -339,6 +339,21 @@ def block_ops() -> BlockOps:
         return out
 
     return BlockOps(norm, gate, attend)
+
+
+#: Units of the arithmetic probe a thread: a millisecond on AMX, tens without.
+PROBED = 32
+
+
+def probes() -> Probes:
+    def read(data: Tensor) -> None:
+        native().probe_read(isa(), data.data_ptr(), data.numel(), torch.get_num_threads())
+
+    def peak() -> int:
+        threads = torch.get_num_threads()
+        return int(native().probe_peak(isa(), PROBED * threads, threads))
+
+    return Probes(read, peak)
 
 
 LAYOUTS = (Layout("cpu.tiles", lambda spec, n, k: None, _tile, _untile, TILE, memory=memory.pages),)
