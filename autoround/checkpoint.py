@@ -205,6 +205,11 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.entries.values())
 
+    @property
+    def parameters(self) -> int:
+        """Numbers in all tensors."""
+        return sum(math.prod(entry.shape) for entry in self.entries.values())
+
     def entry(self, name: str) -> Entry:
         """The entry of a tensor, or InputError with the directory."""
         if name not in self.entries:

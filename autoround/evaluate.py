@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What quantization cost: perplexity, divergence from the float model, speed of decoding."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,11 +14,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from autoround.calib import load_tokens, pack
-from autoround.checkpoint import resolve
+from autoround.calib import TokenSet, load_tokens, pack
+from autoround.checkpoint import DTYPES, Checkpoint, resolve
 from autoround.decoder import Plain, decoder
 from autoround.errors import InputError
+from autoround.floats import (
+    Floats,
+    Run,
+    by_token,
+    cached,
+    floats_of,
+    key_of,
+    log_probabilities,
+    over,
+)
 from autoround.loading import load
+from autoround.options import device_by_name
 from autoround.pipeline import load_tokenizer
 from hal import QExperts, QLinear, Weight
 
@@ -25,8 +38,11 @@ from hal import QExperts, QLinear, Weight
 class Comparison:
     """A model against its float self on the same tokens.
 
-    Perplexities are of the next token. KL is float-to-quantized per token, in nats: mean, median,
-    99th percentile. ``same_top`` is the share of positions whose likeliest token is the same.
+    Perplexities are of the next token. KL is float-to-other per token, in nats: mean, median, 90th
+    and 99th percentile; ``kl_error``: standard error of the mean that comes of keeping the float
+    model's answers small (`autoround.floats`). ``same_top``: share of positions whose likeliest
+    token is the same. ``lost`` and ``won``: share of positions (the flips) where the float model's
+    likeliest token was the text's next one and the other's is not, and the reverse.
     """
 
     tokens: int
@@ -34,8 +50,21 @@ class Comparison:
     float_perplexity: float
     kl: float
     kl_median: float
+    kl_p90: float
     kl_p99: float
+    kl_error: float
     same_top: float
+    lost: float
+    won: float
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """How far the float model is from itself when nothing but the arithmetic changes: the floor
+    below which a divergence says nothing. ``between``: what was compared."""
+
+    between: str
+    comparison: Comparison
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +72,8 @@ class Evaluation:
     """A directory against its float model. Bytes are of all weights; speeds are tokens a second.
 
     ``comparison`` for language models; ``cosine`` (mean of sentence embeddings) for encoders.
-    ``compute``: how the products were computed, in the comparison and in the speed.
+    ``compute``: how the products were computed, in the comparison and in the speed. ``noise`` and
+    the speeds where they were asked for. ``text``: which tokens, and the sha256 of their ids.
     """
 
     model: str
@@ -57,9 +87,53 @@ class Evaluation:
     speed: float | None
     float_speed: float | None
     compute: str
+    noise: Noise | None = None
+    text: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """A model beside its float self at every position ``[P]``: KL in nats and the variance of its
+    estimate (f64), negative log likelihoods of the next token (f32), and three truths: same
+    likeliest token, float model right, other right."""
+
+    kl: Tensor
+    variance: Tensor
+    float_nll: Tensor
+    nll: Tensor
+    same: Tensor
+    float_right: Tensor
+    right: Tensor
+
+    def summary(self) -> Comparison:
+        """Means and percentiles."""
+        count, ordered = self.kl.numel(), self.kl.sort().values
+        middle, ninth, high = (float(ordered[round(q * (count - 1))]) for q in (0.5, 0.9, 0.99))
+        return Comparison(
+            count,
+            float(self.nll.double().mean().exp()),
+            float(self.float_nll.double().mean().exp()),
+            float(self.kl.mean()),
+            middle,
+            ninth,
+            high,
+            float(self.variance.sum().sqrt() / count),
+            _share(self.same),
+            _share(self.float_right & ~self.right),
+            _share(self.right & ~self.float_right),
+        )
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, for files."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def _share(truth: Tensor) -> float:
+    return float(truth.double().mean())
 
 
 def evaluate(
@@ -71,39 +145,149 @@ def evaluate(
     seqlen: int = 512,
     device_map: str | None = None,
     compute: str = "exact",
+    speed: bool = True,
+    noise: bool = False,
 ) -> Evaluation:
-    """Load both, run both on the same held-out text. Raises InputError for unusable input.
+    """Run both on the same held-out text. Raises InputError for unusable input.
 
-    With ``compute`` fast the text goes through the quantized model token by token, four samples
-    together, as in decoding: products of many rows would be exact whatever was asked for.
+    What the float model says is kept in a cache (`autoround.floats`), so that it runs once for
+    several artefacts. With ``compute`` fast the text goes through the quantized model token by
+    token, four samples together, as in decoding: products of many rows would be exact whatever was
+    asked for.
     """
-    where, source = resolve(model), resolve(against)
-    tokenizer = load_tokenizer(source)
-    if tokenizer is None:
-        raise InputError(f"{against} has no tokenizer that loads; evaluation needs one")
-    quantized = load(where, device_map=device_map, compute=compute)
-    reference = load(source, device_map=device_map)
-    weights = [w for m in quantized.modules() for w in _weights(m)]
+    pair = Pair(model, against, device_map, compute)
+    head = pair.quantized.get_output_embeddings() is not None
     facts = (
         model,
         against,
-        _weight_bytes(where),
-        _weight_bytes(source),
-        len(weights),
-        _bits(weights),
+        _weight_bytes(pair.where),
+        _weight_bytes(pair.source),
+        len(pair.weights),
+        _bits(pair.weights),
     )
-    if reference.get_output_embeddings() is None:
+    if not head:
         if dataset is not None:
             raise InputError("encoders are compared on the bundled sentences; leave --dataset out")
-        batches = _tokenized(tokenizer, _sentences(pack.heldout()), nsamples)
-        cosine = embedding_cosine(quantized, reference, batches)
+        batches = _tokenized(pair.tokenizer, _sentences(pack.heldout()), nsamples)
+        cosine = embedding_cosine(pair.quantized, pair.reference, batches)
         return Evaluation(*facts, None, float(cosine.mean()), None, None, compute)
-    seqlen = min(seqlen, reference.config.get_text_config().max_position_embeddings)
-    text = pack.heldout() if dataset is None else dataset
-    ids = load_tokens(text, tokenizer, nsamples=nsamples, seqlen=seqlen, seed=0).ids
-    comparison = compare(quantized, reference, ids, stepwise=compute == "fast")
-    speed, float_speed = decode_speed([quantized, reference], ids[:1, : seqlen // 2])
-    return Evaluation(*facts, comparison, None, speed, float_speed, compute)
+    text = pair.text(dataset, nsamples, seqlen)
+    found = pair.positions(text).summary()
+    floor = pair.noise(text) if noise else None
+    own, floats = None, None
+    if speed:
+        prompt = text.ids[:1, : text.ids.shape[1] // 2]
+        own, floats = decode_speed([pair.quantized, pair.reference], prompt)
+    return Evaluation(*facts, found, None, own, floats, compute, floor, text.digest)
+
+
+class Pair:
+    """A finished directory and the float model it came from, each loaded when first needed."""
+
+    def __init__(self, model: str, against: str, device_map: str | None, compute: str) -> None:
+        self.where, self.source = resolve(model), resolve(against)
+        self.against, self.device_map, self.compute = against, device_map, compute
+        self.tokenizer = load_tokenizer(self.source)
+        if self.tokenizer is None:
+            raise InputError(f"{against} has no tokenizer that loads; evaluation needs one")
+
+    @cached_property
+    def quantized(self) -> Any:
+        return load(self.where, device_map=self.device_map, compute=self.compute)
+
+    @cached_property
+    def reference(self) -> Any:
+        return load(self.source, device_map=self.device_map)
+
+    @property
+    def weights(self) -> list[Weight]:
+        return [w for m in self.quantized.modules() for w in _weights(m)]
+
+    def text(self, dataset: str | None, nsamples: int, seqlen: int) -> TokenSet:
+        """Tokens of the held-out text, or of a dataset. InputError for ids the model has not."""
+        limit = getattr(self.quantized.config.get_text_config(), "max_position_embeddings", seqlen)
+        given = pack.heldout() if dataset is None else dataset
+        found = load_tokens(
+            given, self.tokenizer, nsamples=nsamples, seqlen=min(seqlen, limit), seed=0
+        )
+        rows = self.quantized.get_input_embeddings().weight.shape[0]
+        if int(found.ids.max()) >= rows:
+            raise InputError(
+                f"token {int(found.ids.max())} is outside the {rows} embeddings of {self.where}; "
+                "the tokenizer or the token ids belong to another model"
+            )
+        return found
+
+    def floats(self, text: TokenSet) -> Floats:
+        """What the float model says of the text, from the cache where it was asked before."""
+        return floats_of(self.source, text.ids, self._key(text), lambda: self.reference)
+
+    def positions(self, text: TokenSet) -> Positions:
+        """The quantized model at every position of the text."""
+        run = by_token if self.compute == "fast" else log_probabilities
+        return compare(self.quantized, self.floats(text), text.ids, run)
+
+    def noise(self, text: TokenSet) -> Noise | None:
+        """The float model computed in f32 (one that is in f32: in bf16) against itself; None where
+        there is no memory for it."""
+        own, needed = _dtype(self.source), 4 * Checkpoint(self.source).parameters
+        other = torch.bfloat16 if own == torch.float32 else torch.float32
+        if needed > _available():
+            return None
+
+        def make() -> dict[str, Tensor]:
+            model = load(self.source, dtype=other, device_map=self.device_map)
+            return compare(model, self.floats(text), text.ids).tensors
+
+        found = Positions(**cached(self._key(text), "noise", make))
+        names = [str(dtype).removeprefix("torch.") for dtype in (own, other)]
+        return Noise(f"the float model in {names[0]} and in {names[1]}", found.summary())
+
+    def _key(self, text: TokenSet) -> str:
+        return key_of(self.source, text.digest, device_by_name(self.device_map))
+
+
+def compare(model: Any, floats: Floats, ids: Tensor, run: Run = log_probabilities) -> Positions:
+    """A causal language model over ``ids [S, L]`` beside what the float model said of them."""
+    found: list[tuple[Tensor, ...]] = []
+    count = ids.shape[1] - 1
+
+    def take(index: int, logq: Tensor, following: Tensor) -> None:
+        own = floats.part(index * count, (index + 1) * count)
+        if logq.shape[1] <= int(own.ids.max()):
+            raise InputError(
+                f"the model predicts {logq.shape[1]} tokens, its float self more; "
+                "--against is another model"
+            )
+        likeliest = logq.argmax(-1)
+        nll = -logq.gather(1, following[:, None])[:, 0]
+        right = (own.likeliest == following, likeliest == following)
+        found.append((*own.against(logq), -own.target, nll, likeliest == own.likeliest, *right))
+
+    over(model, ids, take, run)
+    return Positions(*map(torch.cat, zip(*found, strict=True)))
+
+
+def _dtype(path: Path) -> torch.dtype:
+    """What a checkpoint computes in: named by its config, else that of its first float tensor."""
+    checkpoint = Checkpoint(path, quantized=True)
+    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    if isinstance(found := getattr(torch, str(named), None), torch.dtype):
+        return found
+    held = (DTYPES[e.dtype] for e in checkpoint.entries.values() if e.dtype in DTYPES)
+    return next((dtype for dtype in held if dtype.is_floating_point), torch.float32)
+
+
+def _available() -> float:
+    """Bytes of memory that are free for programs; infinite where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf
+    return next(
+        (int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable")),
+        math.inf,
+    )
 
 
 def _weights(module: Any) -> list[Weight]:
@@ -132,54 +316,6 @@ def _tokenized(tokenizer: Any, texts: list[str], count: int) -> Iterator[dict[st
         yield dict(
             tokenizer(texts[start : start + 8], padding=True, truncation=True, return_tensors="pt")
         )
-
-
-@torch.inference_mode()
-def compare(
-    model: Any, reference: Any, ids: Tensor, batch_size: int = 4, *, stepwise: bool = False
-) -> Comparison:
-    """Run both causal language models over ``ids [S, L]``; logits are compared in f32.
-
-    ``stepwise``: ``model`` sees one token of each sample at a time, as in decoding.
-    """
-    losses: list[Tensor] = []
-    kls: list[Tensor] = []
-    same: list[Tensor] = []
-    for batch in torch.split(ids, batch_size):
-        target = batch[:, 1:].flatten()
-        p = _log_probabilities(reference, batch)
-        q = (_stepwise if stepwise else _log_probabilities)(model, batch)
-        kls.append((p.exp() * (p - q)).sum(-1))
-        same.append((p.argmax(-1) == q.argmax(-1)).float())
-        losses.append(torch.stack([F.nll_loss(x, target, reduction="none") for x in (p, q)]))
-    nll, kl = torch.cat(losses, 1).double().mean(1), torch.cat(kls)
-    ordered = kl.sort().values
-    middle, high = (float(ordered[round(q * (kl.numel() - 1))]) for q in (0.5, 0.99))
-    return Comparison(
-        kl.numel(),
-        float(nll[1].exp()),
-        float(nll[0].exp()),
-        float(kl.double().mean()),
-        middle,
-        high,
-        float(torch.cat(same).mean()),
-    )
-
-
-def _log_probabilities(model: Any, batch: Tensor) -> Tensor:
-    """Log probabilities of every next token, ``[S * (L - 1), V]`` f32."""
-    logits: Tensor = model(input_ids=batch.to(model.device)).logits[:, :-1]
-    return F.log_softmax(logits.float().cpu(), -1).flatten(0, 1)
-
-
-def _stepwise(model: Any, batch: Tensor) -> Tensor:
-    """`_log_probabilities`, computed as decoding does: a token of each sample after another."""
-    cache, steps = None, []
-    for token in torch.split(batch.to(model.device)[:, :-1], 1, 1):
-        out = model(input_ids=token, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        steps.append(F.log_softmax(out.logits.float().cpu(), -1))
-    return torch.cat(steps, 1).flatten(0, 1)
 
 
 @torch.inference_mode()

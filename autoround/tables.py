@@ -60,8 +60,10 @@ def evaluation_table(result: "Evaluation") -> Table:
     if c := result.comparison:
         table.add_row("perplexity", f"{c.float_perplexity:.4f}", f"{c.perplexity:.4f}")
         table.add_row("KL, mean", "", f"{c.kl:.5f}")
-        table.add_row("KL, median / p99", "", f"{c.kl_median:.5f} / {c.kl_p99:.4f}")
+        percentiles = f"{c.kl_median:.5f} / {c.kl_p90:.5f} / {c.kl_p99:.4f}"
+        table.add_row("KL, median / p90 / p99", "", percentiles)
         table.add_row("same top token", "", f"{c.same_top:.2%}")
+        table.add_row("flips: lost / won", "", f"{c.lost:.2%} / {c.won:.2%}")
     if result.cosine is not None:
         table.add_row("embedding cosine", "", f"{result.cosine:.5f}")
     if result.speed and result.float_speed:
