@@ -4,7 +4,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -73,7 +73,7 @@ class Evaluation:
 
     ``comparison`` for language models; ``cosine`` (mean of sentence embeddings) for encoders.
     ``compute``: how the products were computed, in the comparison and in the speed. ``noise`` and
-    the speeds where they were asked for. ``text``: which tokens, and the sha256 of their ids.
+    the speeds where they were asked for. ``text``: sha256 of the tokens.
     """
 
     model: str
@@ -82,11 +82,11 @@ class Evaluation:
     float_nbytes: int
     quantized_layers: int
     bits_per_weight: float
-    comparison: Comparison | None
-    cosine: float | None
-    speed: float | None
-    float_speed: float | None
     compute: str
+    comparison: Comparison | None = None
+    cosine: float | None = None
+    speed: float | None = None
+    float_speed: float | None = None
     noise: Noise | None = None
     text: str = ""
 
@@ -156,29 +156,23 @@ def evaluate(
     asked for.
     """
     pair = Pair(model, against, device_map, compute)
-    head = pair.quantized.get_output_embeddings() is not None
-    facts = (
-        model,
-        against,
-        _weight_bytes(pair.where),
-        _weight_bytes(pair.source),
-        len(pair.weights),
-        _bits(pair.weights),
-    )
-    if not head:
-        if dataset is not None:
-            raise InputError("encoders are compared on the bundled sentences; leave --dataset out")
-        batches = _tokenized(pair.tokenizer, _sentences(pack.heldout()), nsamples)
-        cosine = embedding_cosine(pair.quantized, pair.reference, batches)
-        return Evaluation(*facts, None, float(cosine.mean()), None, None, compute)
+    if pair.encoder:
+        return pair.embeddings(dataset, nsamples)
     text = pair.text(dataset, nsamples, seqlen)
-    found = pair.positions(text).summary()
-    floor = pair.noise(text) if noise else None
-    own, floats = None, None
-    if speed:
-        prompt = text.ids[:1, : text.ids.shape[1] // 2]
-        own, floats = decode_speed([pair.quantized, pair.reference], prompt)
-    return Evaluation(*facts, found, None, own, floats, compute, floor, text.digest)
+    found = pair.evaluation(text, pair.positions(text), pair.noise(text) if noise else None)
+    if not speed:
+        return found
+    prompt = text.ids[:1, : text.ids.shape[1] // 2]
+    own, floats = decode_speed([pair.quantized, pair.reference], prompt)
+    return replace(found, speed=own, float_speed=floats)
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """The float model beside itself in other arithmetic; ``between``: which and which."""
+
+    between: str
+    positions: Positions
 
 
 class Pair:
@@ -186,7 +180,8 @@ class Pair:
 
     def __init__(self, model: str, against: str, device_map: str | None, compute: str) -> None:
         self.where, self.source = resolve(model), resolve(against)
-        self.against, self.device_map, self.compute = against, device_map, compute
+        self.model, self.against = model, against
+        self.device_map, self.compute = device_map, compute
         self.tokenizer = load_tokenizer(self.source)
         if self.tokenizer is None:
             raise InputError(f"{against} has no tokenizer that loads; evaluation needs one")
@@ -199,9 +194,40 @@ class Pair:
     def reference(self) -> Any:
         return load(self.source, device_map=self.device_map)
 
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """What the float model computes in."""
+        return _dtype(self.source)
+
     @property
-    def weights(self) -> list[Weight]:
-        return [w for m in self.quantized.modules() for w in _weights(m)]
+    def encoder(self) -> bool:
+        """Whether it predicts no tokens."""
+        return self.quantized.get_output_embeddings() is None
+
+    def embeddings(self, dataset: str | None, nsamples: int) -> Evaluation:
+        """Encoders beside each other."""
+        if dataset is not None:
+            raise InputError("encoders are compared on the bundled sentences; leave --dataset out")
+        batches = _tokenized(self.tokenizer, _sentences(pack.heldout()), nsamples)
+        cosine = embedding_cosine(self.quantized, self.reference, batches)
+        return replace(self._facts(), cosine=float(cosine.mean()))
+
+    def evaluation(self, text: TokenSet, found: Positions, floor: Floor | None) -> Evaluation:
+        """Language models beside each other, without the speeds."""
+        noise = Noise(floor.between, floor.positions.summary()) if floor else None
+        return replace(self._facts(), comparison=found.summary(), noise=noise, text=text.digest)
+
+    def _facts(self) -> Evaluation:
+        weights = [w for m in self.quantized.modules() for w in _weights(m)]
+        return Evaluation(
+            str(self.model),
+            self.against,
+            _weight_bytes(self.where),
+            _weight_bytes(self.source),
+            len(weights),
+            _bits(weights),
+            self.compute,
+        )
 
     def text(self, dataset: str | None, nsamples: int, seqlen: int) -> TokenSet:
         """Tokens of the held-out text, or of a dataset. InputError for ids the model has not."""
@@ -227,12 +253,12 @@ class Pair:
         run = by_token if self.compute == "fast" else log_probabilities
         return compare(self.quantized, self.floats(text), text.ids, run)
 
-    def noise(self, text: TokenSet) -> Noise | None:
+    def noise(self, text: TokenSet) -> Floor | None:
         """The float model computed in f32 (one that is in f32: in bf16) against itself; None where
         there is no memory for it."""
-        own, needed = _dtype(self.source), 4 * Checkpoint(self.source).parameters
+        own = self.dtype
         other = torch.bfloat16 if own == torch.float32 else torch.float32
-        if needed > _available():
+        if 4 * Checkpoint(self.source).parameters > _available():
             return None
 
         def make() -> dict[str, Tensor]:
@@ -241,7 +267,7 @@ class Pair:
 
         found = Positions(**cached(self._key(text), "noise", make))
         names = [str(dtype).removeprefix("torch.") for dtype in (own, other)]
-        return Noise(f"the float model in {names[0]} and in {names[1]}", found.summary())
+        return Floor(f"the float model in {names[0]} and in {names[1]}", found)
 
     def _key(self, text: TokenSet) -> str:
         return key_of(self.source, text.digest, device_by_name(self.device_map))

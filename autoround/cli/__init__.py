@@ -10,7 +10,7 @@ import typer
 from autoround.cli.doctor import doctor
 from autoround.cli.files import convert, export, verify
 from autoround.cli.lists import listing
-from autoround.cli.models import evaluate, generate
+from autoround.cli.models import evaluate, generate, report
 from autoround.cli.quantize import plan, quantize
 from autoround.cli.words import Failed
 from autoround.errors import InputError
@@ -24,6 +24,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "convert": convert,
     "verify": verify,
     "eval": evaluate,
+    "report": report,
     "generate": generate,
     "list": listing,
     "doctor": doctor,

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`autoround eval` and `generate`: a finished model at work."""
+"""`autoround eval`, `report` and `generate`: a finished model at work."""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -38,6 +39,29 @@ def evaluate(
         typer.echo(json.dumps(result.to_json()))
     else:
         console().print(evaluation_table(result))
+
+
+def report(
+    run: Annotated[str, typer.Argument(help="What `quantize` wrote, or any quantized model.")],
+    against: Annotated[
+        str | None, option("The float model it was made from. [the one the run's log names]")
+    ] = None,
+    output: Annotated[Path | None, option("Where the files go. [RUN]", "-o", "--output")] = None,
+    dataset: Annotated[str | None, option("Text to evaluate on. [bundled held-out text]")] = None,
+    nsamples: Annotated[int, typer.Option(help="Samples.")] = 32,
+    seqlen: Annotated[int, typer.Option(help="Tokens a sample.")] = 512,
+    device_map: Device = None,
+) -> None:
+    """Write report.html, report.json and the model card README.md of a finished run."""
+    from autoround.report import Choices
+    from autoround.report import report as write
+    from autoround.tables import evaluation_table
+
+    choices = Choices(against, dataset, nsamples, seqlen, device_map)
+    found, files = write(run, output, choices)
+    console().print(evaluation_table(found.evaluation))
+    for file in files:
+        console().print(f"written: {file}", soft_wrap=True, markup=False)
 
 
 def generate(

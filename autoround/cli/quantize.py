@@ -2,6 +2,7 @@
 """`autoround quantize` and `plan`, which take the same options."""
 
 import inspect
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -251,6 +252,7 @@ def quantize(
     out = console(quiet, aside=json_output)
     lines = [Lines(sys.stdout)] if json_output else []
     log, recorder = Log(job.output), Recorder()
+    log.say(_started(job), ready=False)
     try:
         with Terminal(out, job.recipe.iters, job.output) as terminal:
             run = _run(job, together(log, recorder, *lines, terminal), out)
@@ -268,6 +270,13 @@ def quantize(
     first = run.verdicts[0].directory
     words = f"written to {job.output}; next: autoround eval {first} --against {job.model}"
     out.print(words, soft_wrap=True)
+
+
+def _started(job: Job) -> dict[str, str]:
+    """The first line of the log: the command, and where its model is."""
+    here = Path(job.model).expanduser()
+    model = str(here.resolve()) if here.is_dir() else job.model
+    return {"event": "started", "command": shlex.join(["autoround", *sys.argv[1:]]), "model": model}
 
 
 def _run(job: Job, listener: "Listener", out: "Console") -> "Run":

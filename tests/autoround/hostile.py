@@ -10,8 +10,10 @@ clock, so that a crash of native code, a bomb or a hang is an outcome like any o
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
+import pkgutil
 import random
 import resource
 import shutil
@@ -134,7 +136,7 @@ def make_corpus(root: Path) -> Path:
     zoo.save("qwen3", root / "qwen3", "5GB", wide, torch.bfloat16)
     zoo.save("qwen3_moe", root / "moe", "5GB", wide)
     for name in ("llama", "qwen3", "moe"):
-        _tokenizer(root / name)
+        add_tokenizer(root / name)
     shutil.copytree(root / "qwen3", root / "unknown")
     config = json.loads((root / "unknown/config.json").read_text())
     config |= {"model_type": "nonesuch", "architectures": ["NoneSuchForCausalLM"]}
@@ -150,7 +152,7 @@ def make_corpus(root: Path) -> Path:
     return root
 
 
-def _tokenizer(path: Path) -> None:
+def add_tokenizer(path: Path) -> None:
     """Bytes and a few merges, as the vocabularies of the models above hold them."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -654,17 +656,17 @@ def _forked(arguments: list[str], said: Path, seconds: float) -> tuple[int | Non
         time.sleep(0.004)
     else:
         os.kill(pid, signal.SIGKILL)
-        _, _, usage = os.wait4(pid, 0)
-        return None, said.read_text(errors="replace"), 0
+        os.waitpid(pid, 0)
+        return None, said.read_text(errors="replace") if said.exists() else "", 0
     return os.waitstatus_to_exitcode(status), said.read_text(errors="replace"), max(
         0, (usage.ru_maxrss * 1024 - before) >> 20)  # fmt: skip
 
 
 def _child(arguments: list[str], said: Path) -> None:
-    from autoround import cli
-
     code = 70
     try:
+        from autoround import cli
+
         file = os.open(said, os.O_WRONLY | os.O_CREAT)
         os.dup2(file, 1)
         os.dup2(file, 2)
@@ -721,19 +723,14 @@ def campaign(corpus: Path, cases: Sequence[str]) -> list[Outcome]:
     import torch
 
     torch.set_num_threads(1)  # a forked child cannot use threads that its parent has started
-    import pyarrow.parquet
-    import transformers
+    import autoround
 
-    import autoround.budget
-    import autoround.evaluate
-    import autoround.export
-    import autoround.generation
-    import autoround.pipeline
-    import autoround.stream
-    import autoround.verify  # noqa: F401
-    from hal import backends
-
-    _ = transformers.AutoTokenizer, pyarrow.parquet, backends
+    for module in pkgutil.walk_packages(autoround.__path__, "autoround."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    for name in ("pyarrow.parquet", "transformers.models.auto.modeling_auto", "hal.backends"):
+        importlib.import_module(name)
+    os.environ["XDG_CACHE_HOME"] = str(corpus / "cache")
     return [run(corpus, case) for case in cases]
 
 
