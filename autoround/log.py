@@ -2,8 +2,8 @@
 """A run's events as JSON lines: on disk beside the result, and on stdout for programs.
 
 Every line has ``event``, ``time`` (UTC) and ``at`` (seconds since the listener was made); the other
-keys are those of `autoround.events.to_json`. The log on disk begins with ``started``: the ``command``
-and the ``model`` it was given.
+keys are those of `autoround.events.to_json`. The log on disk begins with ``started``: the
+``command`` and the ``model`` it was given.
 """
 
 import json
