@@ -72,16 +72,11 @@ class BlockOps:
 
 def block_ops(device: torch.device) -> BlockOps:
     """The functions for a device: its backend's own, else the reference."""
-    from hal.backends import REFERENCE, backends
+    from hal.backends import serving
 
     wanted = config.backend()
-    for backend in backends():
-        right = backend.KIND in (device.type, "")
-        if (
-            right
-            and not config.excludes(wanted, backend.KIND or REFERENCE)
-            and backend.probe() is None
-        ):
+    for backend in serving(device.type):
+        if not config.excludes(wanted, backend.NAME):
             return backend.block_ops()
     raise ValueError(f"HAL_BACKEND={wanted} has nothing for {device}")
 

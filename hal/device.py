@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Devices as facts. With `hal.backends`, the only place that knows devices by name."""
 
-import os
 from dataclasses import dataclass
 from functools import cache
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hal import memory
-from hal.backends import REFERENCE, backends
+from hal.backends import backends, serving
 from hal.registry import Caps
 
 
@@ -24,11 +23,8 @@ class Device:
 
 @cache
 def caps(device: torch.device) -> Caps:
-    """Facts about a device. A device without a backend of its own is served by the reference."""
-    for backend in backends():
-        if device.type == backend.KIND and backend.probe() is None:
-            return backend.caps(device.index or 0)
-    return Caps(device.type, device.type, "", frozenset(), os.cpu_count() or 1, _host_memory())
+    """Facts about a device, from the best backend that serves it."""
+    return serving(device.type)[0].caps(device)
 
 
 def devices() -> list[Device]:
@@ -38,16 +34,12 @@ def devices() -> list[Device]:
         kind = torch.accelerator.current_accelerator()
         assert kind is not None
         found[:0] = [torch.device(kind.type, i) for i in range(torch.accelerator.device_count())]
-    usable = [b for b in backends() if b.probe() is None]
-    return [
-        Device(d, caps(d), tuple(b.KIND or REFERENCE for b in usable if b.KIND in (d.type, "")))
-        for d in found
-    ]
+    return [Device(d, caps(d), tuple(b.NAME for b in serving(d.type))) for d in found]
 
 
 def unavailable() -> list[tuple[str, str]]:
     """Backends that cannot be used here, with the reason."""
-    return [(b.KIND, reason) for b in backends() if (reason := b.probe()) is not None]
+    return [(b.NAME, reason) for b in backends() if (reason := b.probe()) is not None]
 
 
 def resolve(device_map: str | int | None) -> torch.device:
@@ -74,7 +66,3 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     if device.type == "cpu":
         return memory.host(shape, dtype)
     return torch.empty(shape, dtype=dtype, device=device)
-
-
-def _host_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -2,6 +2,7 @@
 """Which kernel serves which question: ordered rows, each able to say why it cannot."""
 
 import fnmatch
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -26,6 +27,20 @@ class Caps:
     features: frozenset[str]
     units: int
     memory: int
+
+
+def described(device: torch.device) -> Caps:
+    """What torch itself tells of a device: enough for kernels that are compiled for it."""
+    module = torch.get_device_module(device)
+    if not hasattr(module, "get_device_properties"):
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return Caps(device.type, device.type, "", frozenset(), os.cpu_count() or 1, pages)
+    found = module.get_device_properties(device)
+    units = getattr(found, "multi_processor_count", 0) or getattr(found, "max_compute_units", 1)
+    arch = getattr(found, "gcnArchName", "").split(":")[0]
+    if not arch and hasattr(found, "major"):
+        arch = f"sm_{found.major}{found.minor}"
+    return Caps(device.type, found.name, arch, frozenset(), units, found.total_memory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +88,20 @@ class Probes:
 
 
 class Backend(Protocol):
-    """One file in ``hal/backends``: its kernels, best first, and the facts about its devices."""
+    """One file in ``hal/backends``: its kernels, best first, and the facts about its devices.
 
-    KIND: str
+    ``KINDS``: the kinds of device that it serves; none = any that torch knows.
+    """
+
+    NAME: str
+    KINDS: frozenset[str]
     KERNELS: tuple[Kernel, ...]
     LAYOUTS: tuple[Layout, ...]
 
     def probe(self) -> str | None:
         """None when usable on this machine, else the reason in words."""
 
-    def caps(self, index: int) -> Caps: ...
+    def caps(self, device: torch.device) -> Caps: ...
 
     def block_ops(self) -> BlockOps: ...
 

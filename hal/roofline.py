@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from hal import ops
-from hal.backends import backends
+from hal.backends import serving
 from hal.registry import Probes
 from hal.spec import Spec
 
@@ -38,8 +38,7 @@ class Share:
 
 def probes(device: torch.device) -> Probes | None:
     """The device's probes; None where its backend has none."""
-    found = (b.probes() for b in backends() if device.type == b.KIND and b.probe() is None)
-    return next(found, None)
+    return serving(device.type)[0].probes()
 
 
 def limits(device: torch.device, seconds: float = 0.3) -> tuple[float, float] | None:

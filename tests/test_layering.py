@@ -50,6 +50,12 @@ def test_hal_depends_on_torch_only() -> None:
         assert not extra, where(path)
 
 
+def test_kernels_depend_on_torch_and_triton_only() -> None:
+    for path in sources("kernels_triton"):
+        found = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names)
+        assert found <= {"torch", "triton", "kernels_triton"}, where(path)
+
+
 def test_native_modules_are_imported_by_backends_only() -> None:
     for path in [*sources("hal"), *sources("autoround")]:
         if not is_backend(path):

@@ -23,14 +23,19 @@ def backends() -> tuple[Backend, ...]:
 
 def backend_names() -> list[str]:
     """What `hal.config.backend` may name: backends that this machine can use."""
-    return [b.KIND or REFERENCE for b in backends() if b.probe() is None]
+    return [b.NAME for b in backends() if b.probe() is None]
+
+
+@cache
+def serving(kind: str) -> tuple[Backend, ...]:
+    """Usable backends that serve a device of this kind, best first, the reference last."""
+    return tuple(b for b in backends() if (not b.KINDS or kind in b.KINDS) and b.probe() is None)
 
 
 @cache
 def kernels(kind: str) -> tuple[Kernel, ...]:
     """Rows that may serve a device of this kind, best first; the reference rows close the list."""
-    usable = [b for b in backends() if b.KIND in (kind, "") and b.probe() is None]
-    return tuple(row for b in usable for row in b.KERNELS)
+    return tuple(row for b in serving(kind) for row in b.KERNELS)
 
 
 @cache

@@ -18,7 +18,8 @@ from hal.qtensor import Params
 from hal.registry import BUCKETS, Caps, Case, Kernel, Probes
 from hal.spec import Spec
 
-KIND = "cpu"
+NAME = "cpu"
+KINDS = frozenset({NAME})
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FILE_LAYOUTS = {"gptq": 0, "gptq_raw": 0, "awq": 1, "stream": 2}
 TILE = 64
@@ -62,9 +63,9 @@ def isa() -> int:
     return isas().index(name)
 
 
-def caps(index: int) -> Caps:
+def caps(device: torch.device) -> Caps:
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Caps(KIND, _model(), isas()[0], frozenset(isas()), os.cpu_count() or 1, pages)
+    return Caps(NAME, _model(), isas()[0], frozenset(isas()), os.cpu_count() or 1, pages)
 
 
 def _model() -> str:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every verb in plain torch, for any device: the truth other kernels are compared with."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -9,10 +10,11 @@ from hal import layout as file_layouts
 from hal.layout import Layout, Parts
 from hal.plan import Weight
 from hal.qtensor import Params
-from hal.registry import Caps, Kernel
+from hal.registry import Caps, Kernel, described
 from hal.spec import Spec
 
-KIND = ""
+NAME = "reference"
+KINDS: frozenset[str] = frozenset()
 LAYOUTS: tuple[Layout, ...] = ()
 
 
@@ -20,8 +22,8 @@ def probe() -> str | None:
     return None
 
 
-def caps(index: int) -> Caps:
-    raise LookupError("the reference backend has no device of its own")
+def caps(device: torch.device) -> Caps:
+    return described(device)
 
 
 def block_ops() -> block.BlockOps:

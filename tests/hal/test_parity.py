@@ -10,7 +10,7 @@ from cases import FLOATS, KINDS, specs, weight
 
 import hal
 from hal import codec, device
-from hal.backends import backends, cpu, reference
+from hal.backends import REFERENCE, cpu, reference, serving
 from hal.layout import LAYOUTS
 from hal.plan import Weight
 from hal.registry import Case, Kernel, bucket
@@ -21,26 +21,38 @@ ISAS = cpu.isas() if NATIVE else ()
 needs_native = pytest.mark.skipif(not NATIVE, reason=str(cpu.probe()))
 
 
-def rows(op: str) -> list[Kernel]:
-    """Rows of backends whose device tensors are in host memory."""
-    usable = [b for b in backends() if b.KIND == cpu.KIND and b.probe() is None]
-    return [row for b in usable for row in b.KERNELS if row.op == op]
+def each(*ops: str) -> pytest.MarkDecorator:
+    """Rows of backends that work on tensors in host memory, native ones on every instruction set.
+
+    One argument for each op, named like it, and the instruction set.
+    """
+    params = [
+        pytest.param(*row, isa, id="-".join((*(r.name for r in row), *([isa] if isa else []))))
+        for b in serving(cpu.NAME)
+        if b.NAME != REFERENCE
+        for row in itertools.product(*([r for r in b.KERNELS if r.op == op] for op in ops))
+        for isa in (ISAS if b is cpu else ("",))
+    ]
+    return pytest.mark.parametrize((*ops, "isa"), params, indirect=["isa"])
 
 
 @pytest.fixture
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("HAL_ISA", request.param)
+    if request.param:
+        monkeypatch.setenv("HAL_ISA", request.param)
     return str(request.param)
 
 
-def tried() -> list[tuple[hal.Spec, torch.Tensor]]:
-    """Every spec with two kinds of weight, kinds and dtypes taking turns."""
+def tried(row: Kernel) -> list[tuple[hal.Spec, torch.Tensor]]:
+    """Every spec with two kinds of weight, kinds and dtypes taking turns; a sample of them for
+    kernels that an interpreter runs."""
     turns = itertools.cycle(itertools.product(KINDS, FLOATS))
-    return [
+    found = [
         (spec, weight(kind, n, k, dtype))
         for spec, n, k in specs()
         for kind, dtype in itertools.islice(turns, 2)
     ]
+    return found if row.name.startswith(cpu.NAME) else found[:: 61 if row.op == "search" else 13]
 
 
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -49,41 +61,38 @@ def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.full((size,), 0xA5, dtype=torch.uint8).view(dtype).view(shape)
 
 
-@pytest.mark.parametrize("isa", ISAS, indirect=True)
-@pytest.mark.parametrize("row", rows("search"), ids=lambda row: row.name)
+@each("search")
 @pytest.mark.parametrize("grid", [0, 8])
-def test_search(row: Kernel, isa: str, grid: int) -> None:
-    for i, (spec, w) in enumerate(tried()):
+def test_search(search: Kernel, isa: str, grid: int) -> None:
+    for i, (spec, w) in enumerate(tried(search)):
         importance = torch.rand(w.shape[1]) if i % 2 else None
         shape = (w.shape[0], spec.groups(w.shape[1]))
         amin, amax = poisoned(shape, torch.float32), poisoned(shape, torch.float32)
-        row.fn(w, spec, importance, grid, amin, amax)
+        search.fn(w, spec, importance, grid, amin, amax)
         want = codec.search(w, spec, importance, grid)
         assert same(amin, want[0]), (spec, w.dtype, i)
         assert same(amax, want[1]), (spec, w.dtype, i)
 
 
-@pytest.mark.parametrize("isa", ISAS, indirect=True)
-@pytest.mark.parametrize("row", rows("qdq"), ids=lambda row: row.name)
-def test_qdq(row: Kernel, isa: str) -> None:
-    for i, (spec, w) in enumerate(tried()):
+@each("qdq")
+def test_qdq(qdq: Kernel, isa: str) -> None:
+    for i, (spec, w) in enumerate(tried(qdq)):
         p = params(w, spec, i)
         p.v = p.v if i % 3 else None
         out = poisoned(tuple(w.shape), w.dtype)
-        row.fn(w, p, spec, out)
+        qdq.fn(w, p, spec, out)
         assert same(out, codec.qdq(w, p, spec)), (spec, w.dtype, i)
 
 
-@pytest.mark.parametrize("isa", ISAS, indirect=True)
-@pytest.mark.parametrize("row", rows("qdq_step"), ids=lambda row: row.name)
-def test_qdq_step(row: Kernel, isa: str) -> None:
-    for i, (spec, w) in enumerate(tried()):
+@each("qdq_step")
+def test_qdq_step(qdq_step: Kernel, isa: str) -> None:
+    for i, (spec, w) in enumerate(tried(qdq_step)):
         got, want = params(w, spec, i), params(w, spec, i)
         if i % 3 == 0:
             got.v = want.v = None
         grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(i)).to(FLOATS[i % 3])
         grad[grad.abs() < 0.1] = 0
-        row.fn(got, w, grad, spec, 0.005, 0.3)
+        qdq_step.fn(got, w, grad, spec, 0.005, 0.3)
         codec.qdq_step_(want, w, grad, spec, 0.005, 0.3)
         pairs = [(got.lo, want.lo), (got.hi, want.hi)]
         if got.v is not None and want.v is not None:
@@ -91,11 +100,9 @@ def test_qdq_step(row: Kernel, isa: str) -> None:
         assert all(same(a, b) for a, b in pairs), (spec, w.dtype, i)
 
 
-@pytest.mark.parametrize("isa", ISAS, indirect=True)
-@pytest.mark.parametrize("quantize", rows("quantize"), ids=lambda row: row.name)
-@pytest.mark.parametrize("dequantize", rows("dequantize"), ids=lambda row: row.name)
+@each("quantize", "dequantize")
 def test_quantize_dequantize(quantize: Kernel, dequantize: Kernel, isa: str) -> None:
-    for i, (spec, w) in enumerate(tried()):
+    for i, (spec, w) in enumerate(tried(quantize)):
         p, groups = params(w, spec, i), (w.shape[0], spec.groups(w.shape[1]))
         shapes = {"codes": (tuple(w.shape), torch.uint8), "scale": (groups, spec.scale_dtype)}
         if not spec.symmetric:
@@ -111,35 +118,32 @@ def test_quantize_dequantize(quantize: Kernel, dequantize: Kernel, isa: str) -> 
         assert same(out, truth), (spec, w.dtype, i)
 
 
-@pytest.mark.parametrize("isa", ISAS, indirect=True)
-@pytest.mark.parametrize("row", rows("quantize_act"), ids=lambda row: row.name)
-def test_quantize_act(row: Kernel, isa: str) -> None:
-    for i, (spec, x) in enumerate(tried()):
+@each("quantize_act")
+def test_quantize_act(quantize_act: Kernel, isa: str) -> None:
+    for i, (spec, x) in enumerate(tried(quantize_act)):
         want = codec.quantize_act(x, spec.group, None)
-        assert all(map(same, row.fn(x, spec.group, None), want)), (spec, x.dtype, i)
+        assert all(map(same, quantize_act.fn(x, spec.group, None), want)), (spec, x.dtype, i)
         given = want[1] * 0.7  # clips
-        codes, scale = row.fn(x, spec.group, given)
+        codes, scale = quantize_act.fn(x, spec.group, given)
         assert same(codes, codec.quantize_act(x, spec.group, given)[0]), (spec, x.dtype, i)
         assert same(scale, given)
 
 
-@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@each("pack", "unpack")
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "plain"])
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_pack_unpack(bits: int, layout: str, isa: str) -> None:
+def test_pack_unpack(bits: int, layout: str, pack: Kernel, unpack: Kernel, isa: str) -> None:
     for spec in (hal.Spec(f"s{bits}", 32), hal.Spec(f"u{bits}", 96, zero="int")):
         for n, k in ((32, 96), (64, 288)):
             if LAYOUTS[layout].fits(spec, n, k):
                 continue
             plain = quantized(weights(n, k, bits), spec).parts
             want = LAYOUTS[layout].pack(plain, spec)
-            for row in rows("pack"):
-                got = row.fn(plain, spec, (n, k), layout)
-                assert got.keys() == want.keys()
-                assert all(same(got[name], want[name]) for name in want), (row.name, spec)
-            for row in rows("unpack"):
-                back = row.fn(want, spec, (n, k), layout)
-                assert all(same(back[name], plain[name]) for name in plain), (row.name, spec)
+            got = pack.fn(plain, spec, (n, k), layout)
+            assert got.keys() == want.keys()
+            assert all(same(got[name], want[name]) for name in want), spec
+            back = unpack.fn(want, spec, (n, k), layout)
+            assert all(same(back[name], plain[name]) for name in plain), spec
 
 
 GEMM_SHAPES = [(1, 1), (33, 1), (65, 90), (70, 256), (128, 512), (3, 300), (192, 640)]
@@ -163,23 +167,51 @@ def product_cases() -> list[hal.QTensor]:
 PRODUCTS = product_cases()
 
 
-@pytest.mark.parametrize("isa", ISAS, indirect=True)
-@pytest.mark.parametrize("row", rows("qgemm"), ids=lambda row: row.name)
+@each("qgemm")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_qgemm(row: Kernel, isa: str, dtype: torch.dtype) -> None:
-    for i, q in enumerate(PRODUCTS):
+def test_qgemm(
+    qgemm: Kernel, isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HAL_KERNEL", qgemm.name.split(".")[0] + ".qgemm*")
+    native = qgemm.name.startswith(cpu.NAME)
+    rows = (1, 2, 3, 4, 5, 17, 101) if native else (1, 5, 70)
+    for i, q in enumerate(PRODUCTS if native else PRODUCTS[FLOATS.index(dtype) :: 3]):
         w = hal.dequantize(q, dtype=torch.float32).double()
         ready = hal.prepare(q, dtype=dtype)
-        for m in (*(1, 2, 3, 4, 5, 17, 101)[i % 2 :: 2], *[600] * (i % 6 == 0)):
+        for m in (*rows[i % 2 :: 2], *[600] * (i % 6 == 0 and (native or not i))):
             caps = device.caps(q.device)
-            if row.when(Case("qgemm", q.spec, dtype, *q.shape, caps, m=bucket(m))):
+            if qgemm.when(Case("qgemm", q.spec, dtype, *q.shape, caps, m=bucket(m))):
                 continue
             x = weights(m, q.shape[1], m).to(dtype)
             bias = torch.randn(q.shape[0]).to(FLOATS[i % 3]) if i % 3 else None
             out = poisoned((m, q.shape[0]), dtype)
-            row.fn(x, ready, bias, out)
+            qgemm.fn(x, ready, bias, out)
             want = x.double() @ w.T + (0 if bias is None else bias.double())
             assert relative_error(out, want) < TOLERANCE[dtype], (q.spec, q.shape, m)
+
+
+@each("qgemm_grouped")
+@pytest.mark.parametrize("rows_of_expert", [64, 40])
+def test_products_of_experts(
+    qgemm_grouped: Kernel, isa: str, rows_of_expert: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HAL_KERNEL", qgemm_grouped.name.split(".")[0] + ".qgemm*")
+    spec, experts, k = hal.Spec.parse("u3:g32:f16:int"), 4, 96
+    q = quantized(weights(experts * rows_of_expert, k, 1), spec)
+    q.experts = experts
+    dense = hal.dequantize(q, dtype=torch.float32).double().view(experts, rows_of_expert, k)
+    ends = [0, 5, 5, 42, 43]  # the second expert gets nothing, the third more than a tile
+    for dtype in FLOATS:
+        x, ready = weights(43, k, 2).to(dtype), hal.prepare(q, dtype=dtype)
+        caps = device.caps(q.device)
+        case = Case("qgemm_grouped", spec, dtype, *q.shape, caps, m=bucket(43), experts=experts)
+        if qgemm_grouped.when(case):
+            continue
+        out = poisoned((43, rows_of_expert), dtype)
+        qgemm_grouped.fn(x, ready, torch.tensor(ends, dtype=torch.int32), out)
+        for e in range(experts):
+            own = slice(ends[e], ends[e + 1])
+            assert relative_error(out[own], x[own].double() @ dense[e].T) < TOLERANCE[dtype]
 
 
 @needs_native

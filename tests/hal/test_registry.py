@@ -37,7 +37,7 @@ def test_position_is_priority() -> None:
 def test_names_say_backend_and_op() -> None:
     for backend in backends():
         for row in backend.KERNELS:
-            assert row.name.startswith(f"{backend.KIND or 'reference'}.{row.op}")
+            assert row.name.startswith(f"{backend.NAME}.{row.op}")
 
 
 def test_hal_backend(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels against the reference under Triton's interpreter, in a process of its own: what
+is interpreted is settled when triton is imported."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PARITY = Path(__file__).with_name("test_parity.py")
+
+
+def test_triton_kernels_equal_the_reference() -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton"]
+    done = subprocess.run(
+        [*command, str(PARITY)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None
+    assert int(passed[1]) >= 40
