@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from autoround import pipeline
-from autoround.artefact import check_output, places
+from autoround.artefact import places
+from autoround.directory import check_output
 from autoround.errors import InputError
 from autoround.export import export
 from autoround.formats import formats_by_names

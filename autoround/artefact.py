@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The output directory around the weights: refusal, cleanup, companions, run record, config."""
+"""What a run writes: weights to all formats at once, and what stands beside them."""
 
-import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,47 +14,16 @@ import torch
 from torch import Tensor
 
 from autoround.checkpoint import companions
-from autoround.errors import InputError
-from autoround.formats import CANONICAL, RECORD, Contents, Export, Module, Target
+from autoround.formats import CANONICAL, RECORD, Contents, Export, Module, Target, canonical
 from autoround.formats.canonical import to_json
-from autoround.plan import ModelPlan
-from autoround.version import VERSION
+from autoround.formats.export import Written
+from autoround.header import read_header
+from autoround.ledger import Ledger
 from hal import QTensor
 
-
-def check_output(output: Path) -> None:
-    """Refuse an output that would overwrite something or cannot be written."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"output {output} exists and is not empty; choose a new directory with -o")
-    parent = next(p for p in (output, *output.absolute().parents) if p.exists())
-    try:
-        probe = parent / ".autoround-probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(
-            f"cannot write to {parent} ({error.strerror}); choose another -o"
-        ) from None
-
-
-@contextlib.contextmanager
-def output_directory(output: Path) -> Iterator[None]:
-    """Create the directory; a failed run takes away what it made."""
-    made = [path for path in (output, *output.absolute().parents) if not path.exists()]
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException as error:
-        for path in output.iterdir():
-            path.unlink() if path.is_file() else shutil.rmtree(path)
-        for path in made:
-            with contextlib.suppress(OSError):  # someone else has put something there since
-                path.rmdir()
-        if isinstance(error, OSError):
-            raise InputError(
-                f"stopped while writing {output} ({error}); free some space or choose another -o"
-            ) from error
-        raise
+#: What a journal holds of the files: fates of tensors, and for every directory the tensor and piece
+#: that each became, with its CRC-32.
+Row = Mapping[str, Any]
 
 
 class Artefact(ExitStack):
@@ -63,22 +31,37 @@ class Artefact(ExitStack):
 
     With one format its files lie in ``output`` itself, with several each has a directory of its
     name there. Our own are always in ``output/canonical``, complete, so that every other format can
-    be made later (`autoround.export`). Leaving the context finishes the files of weights; without
-    `describe` no reader takes a directory for a model.
+    be made later (`autoround.export`). ``ledger``: what became of every tensor, once it is written.
+    ``rows``: what `settle` gave to an earlier process for the same files; they are opened again.
+    Leaving the context finishes the files of weights; without `describe` no reader takes a
+    directory for a model.
     """
 
     def __init__(
         self, contents: Contents, targets: Sequence[Target], output: Path, max_shard: int,
-        *, durable: bool = True,
+        *, durable: bool = True, rows: Sequence[Row] = (),
     ) -> None:  # fmt: skip
         super().__init__()
         self.contents = contents
+        settled = [_settled(target, n, rows) if rows else None for n, target in enumerate(targets)]
         self.exports = tuple(
-            Export(target, place, max_shard, durable=durable)
-            for target, place in zip(targets, places(targets, output), strict=True)
+            Export(target, place, max_shard, durable=durable, settled=held)
+            for target, place, held in zip(targets, places(targets, output), settled, strict=True)
         )
+        self.ledger = Ledger(places=tuple({} for _ in self.exports))
+        for row in rows:
+            self._recall(row)
         self._threads: list[ThreadPoolExecutor] = []
-        self._writing: list[Future[None]] = []
+        self._writing: list[Future[Written]] = []
+        self._fate: tuple[str, str] | None = None
+        self._told = len(self.ledger.fates)
+
+    def _recall(self, row: Row) -> None:
+        for key, fate in row["fates"].items():
+            written = [[(n, i) for n, i, _ in own["places"][key]] for own in row["exports"]]
+            self.ledger.enter(key, fate, written)
+        for export, own in zip(self.exports, row["exports"], strict=True):
+            export.errors.update(own["errors"])
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -91,32 +74,61 @@ class Artefact(ExitStack):
                 stack.enter_context(ThreadPoolExecutor(1, f"write {n}", *threads))
                 for n in range(len(self.exports))
             ]
-            stack.push(self._settle)
+            stack.push(self._stop)
             self.push(stack.pop_all())
         return self
 
     def put(self, module: Module, q: QTensor) -> None:
         """Write one module's plain weight; its tensors must not be changed afterwards."""
-        self._hand(lambda export: export.put(module, q))
+        self._hand(module.key, f"quantized {q.spec}", lambda export: export.put(module, q))
 
-    def keep(self, key: str, raw: Tensor) -> None:
+    def keep(self, key: str, raw: Tensor, because: str | None) -> None:
         """Write one tensor that stays."""
-        self._hand(lambda export: export.keep(key, raw))
+        fate = f"copied: {because}" if because else "copied"
+        self._hand(key, fate, lambda export: export.keep(key, raw))
 
-    def _hand(self, write: Callable[[Export], None]) -> None:
+    def _hand(self, key: str, fate: str, write: Callable[[Export], Written]) -> None:
         self._wait()
         pairs = zip(self._threads, self.exports, strict=True)
         self._writing = [thread.submit(write, export) for thread, export in pairs]
+        self._fate = key, fate
 
     def _wait(self) -> None:
         """For the tensor before: no more than one is held back. Raises what its writers raised."""
         writing, self._writing = self._writing, []
-        for future in writing:
-            future.result()
+        written = [future.result() for future in writing]
+        if self._fate is not None:
+            self.ledger.enter(*self._fate, written)
+            self._fate = None
 
-    def _settle(self, kind: type[BaseException] | None, *_: object) -> None:
+    def settle(self) -> Row:
+        """Have all that was put on the disk; what was, since the last time."""
+        self._wait()
+        pairs = zip(self._threads, self.exports, strict=True)
+        for future in [thread.submit(export.sink.settle) for thread, export in pairs]:
+            future.result()
+        new = dict(islice(self.ledger.fates.items(), self._told, None))
+        self._told = len(self.ledger.fates)
+        exports = [
+            {
+                "places": {
+                    key: [(name, i, export.sink.crcs[name][i]) for name, i in own[key]]
+                    for key in new
+                },
+                "errors": export.errors,
+            }
+            for export, own in zip(self.exports, self.ledger.places, strict=True)
+        ]
+        return {"fates": new, "exports": exports}
+
+    def _stop(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self._wait()
+
+    def read(self, module: Module) -> QTensor:
+        """One module's weight, from what is written of it."""
+        own = next(e for e in self.exports if e.target.format is CANONICAL)
+        return own.read(module, canonical.read)
 
     def describe(self, run: Mapping[str, Any]) -> None:
         """Everything beside the weights; ``run``: what the run knows of itself.
@@ -128,6 +140,25 @@ class Artefact(ExitStack):
             record = {**run, **_own_record(export)}
             (export.directory / RECORD).write_text(json.dumps(record, indent=1) + "\n")
             _write_config(export)
+
+    def balance(self, source: Collection[str], planned: Mapping[str, str]) -> None:
+        """`Ledger.balance`, against the finished files."""
+        outputs = []
+        for export in self.exports:
+            pieces = {stored.name: stored.pieces for stored in export.target.stored}
+            found = [n for file in export.sink.names for n in read_header(export.directory / file)]
+            outputs.append({name: pieces.get(name, 1) for name in found})
+        self.ledger.balance(source, planned, outputs)
+
+
+def _settled(target: Target, n: int, rows: Sequence[Row]) -> dict[str, list[int | None]]:
+    """What rows say of the files of the n-th target: CRC-32 of every piece of every tensor."""
+    crcs: dict[str, list[int | None]] = {t.name: [None] * t.pieces for t in target.stored}
+    for row in rows:
+        for places in row["exports"][n]["places"].values():
+            for name, index, crc in places:
+                crcs[name][index] = crc
+    return crcs
 
 
 def places(targets: Sequence[Target], output: Path) -> list[Path]:
@@ -141,16 +172,6 @@ def places(targets: Sequence[Target], output: Path) -> list[Path]:
         else output
         for t in targets
     ]
-
-
-def run_record(plan: ModelPlan, run: Mapping[str, Any]) -> dict[str, Any]:
-    """What was done with every tensor, and with which versions; ``run`` adds what the run knows."""
-    versions = {
-        "autoround": VERSION,
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-    }
-    return {**versions, **run, "tensors": plan.fates, "kept": plan.kept_because}
 
 
 #: Rows of a record that belong to one directory and not to the run.

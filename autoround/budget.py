@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from autoround import pipeline
-from autoround.artefact import check_output, places
+from autoround.artefact import places
+from autoround.directory import check_output
 from autoround.errors import InputError
 from autoround.evaluate import evaluate
 from autoround.events import Listener, unheard

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A safetensors checkpoint directory, read by its headers; tensors are mapped when asked for."""
 
+import hashlib
 import json
 import math
 import mmap
@@ -14,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from autoround import digest
 from autoround.errors import InputError
 from autoround.header import AGAIN, Entry, read_header
 
@@ -21,7 +23,6 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD = re.compile(r"^.+-\d{5}-of-(\d{5})\.safetensors$")
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
-SCAN = 1 << 26  # bytes read at a time when looking for NaN
 FLOATS = {"F16", "BF16", "F32", "F64"}
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2,
@@ -231,21 +232,8 @@ class Checkpoint:
             raise InputError(f"{name} is stored in {entry.dtype}, which cannot be read")
         begin, end, _ = rows.indices(entry.shape[0] if entry.shape else 1)
         shape = (max(end - begin, 0), *entry.shape[1:]) if entry.shape else ()
-        size = math.prod(shape) * dtype.itemsize
-        if not size:
-            return torch.empty(shape, dtype=dtype)
-        start = entry.start + begin * (entry.nbytes // entry.shape[0] if entry.shape else 0)
-        page = start % mmap.ALLOCATIONGRANULARITY
-        try:
-            with entry.file.open("rb") as file:
-                held = mmap.mmap(
-                    file.fileno(), page + size, access=mmap.ACCESS_COPY, offset=start - page
-                )
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{entry.file} changed or broke since it was opened ({error}); {AGAIN}"
-            ) from error
-        return torch.frombuffer(held, dtype=torch.uint8, offset=page).view(dtype).view(shape)
+        start = begin * (entry.nbytes // entry.shape[0] if entry.shape and entry.nbytes else 0)
+        return _mapped(entry, start, math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Several tensors, each a mapping of its own."""
@@ -269,26 +257,73 @@ class Checkpoint:
                 slices[name] = files[file].get_slice(name)
             yield slices
 
-    def scan_finite(self, names: Iterable[str] | None = None) -> None:
-        """Read every float tensor once; InputError at the first with NaN or infinite weights."""
-        for name in self.entries if names is None else names:
-            entry = self.entry(name)
-            if entry.dtype not in FLOATS or not entry.nbytes:
-                continue
-            rows = entry.shape[0] if entry.shape else 1
-            step = max(1, SCAN * rows // entry.nbytes)
-            bad = sum(self._unfinite(name, at, at + step) for at in range(0, rows, step))
-            if bad:
-                raise InputError(
-                    f"{name} in {entry.file} holds {bad} NaN or infinite weights; "
-                    f"{AGAIN}, or repair the checkpoint"
-                )
+    def scan_finite(self, names: Iterable[str] | None = None) -> dict[str, str]:
+        """Read every tensor once: its digest. InputError at the first with NaN or infinity."""
+        return {
+            name: self._examined(name, self._pieces(name))
+            for name in (self.entries if names is None else names)
+        }
 
-    def _unfinite(self, name: str, begin: int, end: int) -> int:
-        # A mapping of its own: the pages of a piece leave this process before the next is read.
-        x = self.get(name, slice(begin, end))
-        low, high = torch.aminmax(x)  # one pass without a temporary; both propagate NaN
-        return 0 if low.isfinite() and high.isfinite() else int((~x.isfinite()).sum())
+    def examined(self, name: str, x: Tensor) -> str:
+        """`scan_finite` of one tensor that is mapped already."""
+        return self._examined(name, digest.pieces(x))
+
+    def _pieces(self, name: str) -> Iterator[Tensor]:
+        # A mapping for each: its pages leave this process before the next is read.
+        entry = self.entry(name)
+        for start in range(0, entry.nbytes, digest.PIECE):
+            x = _mapped(entry, start, min(digest.PIECE, entry.nbytes - start))
+            yield x.view(DTYPES.get(entry.dtype, torch.uint8))
+
+    def _examined(self, name: str, pieces: Iterable[Tensor]) -> str:
+        entry, bad = self.entry(name), 0
+
+        def finite() -> Iterator[Tensor]:
+            nonlocal bad
+            for x in pieces:
+                if entry.dtype in FLOATS:
+                    low, high = torch.aminmax(x)  # no temporary; both propagate NaN
+                    if not (low.isfinite() and high.isfinite()):
+                        bad += int((~x.isfinite()).sum())
+                yield x
+
+        found = digest.of_pieces(finite())
+        if bad:
+            raise InputError(
+                f"{name} in {entry.file} holds {bad} NaN or infinite weights; "
+                f"{AGAIN}, or repair the checkpoint"
+            )
+        return found
+
+    def content(self, digests: Mapping[str, str]) -> dict[str, str]:
+        """One digest for the tensors of each shard, given those of all tensors, and for every file
+        that decides what the model is or travels with it."""
+        shards: dict[str, Any] = {}
+        for name, entry in self.entries.items():
+            row = [name, entry.dtype, entry.shape, digests[name]]
+            shards.setdefault(entry.file.name, hashlib.sha256()).update(json.dumps(row).encode())
+        files = {str(p): digest.of_file(self.path / p) for p in companions(self.path)}
+        return {
+            "config.json": digest.of_file(self.path / "config.json"),
+            **files,
+            **{name: shard.hexdigest()[:32] for name, shard in sorted(shards.items())},
+        }
+
+
+def _mapped(entry: Entry, start: int, size: int) -> Tensor:
+    """Bytes of a tensor, mapped without a copy and private to the reader."""
+    if size <= 0:
+        return torch.empty(0, dtype=torch.uint8)
+    at = entry.start + start
+    page = at % mmap.ALLOCATIONGRANULARITY
+    try:
+        with entry.file.open("rb") as file:
+            held = mmap.mmap(file.fileno(), page + size, access=mmap.ACCESS_COPY, offset=at - page)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{entry.file} changed or broke since it was opened ({error}); {AGAIN}"
+        ) from error
+    return torch.frombuffer(held, dtype=torch.uint8, offset=page)
 
 
 def companions(path: Path) -> list[Path]:

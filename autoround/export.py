@@ -6,7 +6,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from autoround.artefact import OF_FORMAT, Artefact, check_output, output_directory, places
+from autoround.artefact import OF_FORMAT, Artefact, places
+from autoround.directory import check_output, output_directory
 from autoround.errors import InputError
 from autoround.formats import CANONICAL, Format, Quantized, Target, target
 from autoround.verify import Verdict, prove
@@ -78,6 +79,6 @@ def _write(
                 if module := contents.modules.get(key):
                     artefact.put(module, files.q(module.name))
                 else:
-                    artefact.keep(key, files.kept(key))
+                    artefact.keep(key, files.kept(key), None)
         artefact.describe(record)
     return directories

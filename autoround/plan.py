@@ -74,6 +74,10 @@ class ModelPlan:
         )
         return bits / max(self.quantized_weights, 1)
 
+    def because(self, key: str) -> str | None:
+        """Why a tensor of the source stays as it is, where there is more to say than that."""
+        return self.fates[key].partition(": ")[2] or None
+
     @property
     def written(self) -> tuple[Target, ...]:
         """Everything a run writes: our own files, then the formats."""

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 import hal
+from autoround.engine import held_out, stages_of
 from autoround.failure import BLOCK, FACTS, INPUTS
 from autoround.models import Call, Samples, compat, find_blocks
 from autoround.models.survey import WeightView
-from autoround.pipeline import held_out, stages_of
 from autoround.recipe import Recipe
 from autoround.stages import BlockTask, LayerTask
 from autoround.stages.task import hidden

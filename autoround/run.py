@@ -4,18 +4,20 @@
 import math
 import resource
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from autoround.artefact import Artefact
 from autoround.calib import TokenSet
+from autoround.checkpoint import Checkpoint
 from autoround.errors import InputError
 from autoround.events import Listener
 from autoround.plan import ModelPlan
-from autoround.recipe import Recipe
+from autoround.signature import Signature
 from autoround.verify import Verdict, prove
 
 
@@ -42,6 +44,7 @@ class Run:
     """What a finished run leaves: the artefact's directory and how it came about.
 
     ``peak_bytes``: the largest resident size of the process until the files were proven.
+    ``already``: it was finished before, and has been proven again, no more.
     """
 
     output: Path
@@ -49,10 +52,12 @@ class Run:
     tokens: TokenSet | None
     tell: Listener
     source_bytes: int
+    signature: Signature = field(default_factory=dict)
     blocks: list[BlockReport] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     seconds: float = 0.0
     peak_bytes: int = 0
+    already: bool = False
 
     def prove(self, directories: Iterable[Path]) -> None:
         """Read the finished directories back. InputError at a difference; nothing is lost."""
@@ -65,9 +70,14 @@ class Run:
                 f"check the disk, then `autoround verify {wrong[0].directory}`"
             )
 
-    def record(self, recipe: Recipe) -> dict[str, Any]:
-        """What decided the bytes of the output, and the losses; no times."""
-        used = self.tokens and {"digest": self.tokens.digest, "shape": [*self.tokens.ids.shape]}
+    def finish(self, artefact: Artefact) -> None:
+        """Balance the ledger of the finished weights; then, and only then, describe them."""
+        source = Checkpoint(artefact.contents.home)
+        artefact.balance(source.entries, self.plan.fates)
+        artefact.describe(self.record(artefact.ledger.fates))
+
+    def record(self, fates: Mapping[str, str]) -> dict[str, Any]:
+        """What decided the bytes of the output, what became of the source, the losses; no times."""
         losses = [
             # A block that text never reached has none; NaN would not be JSON.
             {"name": b.name}
@@ -76,9 +86,10 @@ class Run:
             for b in self.blocks
         ]
         return {
-            "recipe": recipe.to_json(),
-            "calibration": used,
+            **self.signature,
             "blocks": losses if self.tokens else [],
+            "tensors": {key: fates[key] for key in self.plan.fates},
+            "kept": self.plan.kept_because,
         }
 
 
@@ -87,13 +98,14 @@ class Source:
     """The model to quantize, and the device, memory and trust given to it.
 
     ``low_cpu_mem_usage``: what passes between blocks lies in a file beside the output, not in
-    memory. No bit of the result depends on it.
+    memory. No bit of the result depends on it. ``fresh``: begin anew, whatever run is there.
     """
 
     model: str | Path
     device: torch.device
     trust_remote_code: bool = False
     low_cpu_mem_usage: bool = False
+    fresh: bool = False
 
 
 def peak_bytes() -> int:

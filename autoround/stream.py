@@ -7,19 +7,26 @@ whose names say enough.
 
 import math
 import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import hal
-from autoround.artefact import Artefact, check_output, output_directory, places, run_record
+from autoround.artefact import Artefact, places
 from autoround.checkpoint import Checkpoint
+from autoround.directory import claim
 from autoround.errors import InputError
-from autoround.events import BlockDone, Finished, Listener, Planned
-from autoround.models.survey import EXPERT, by_names, refuse_names, weight
+from autoround.events import BlockDone, Finished, Listener, Planned, Resumed
+from autoround.journal import Journal
+from autoround.models.survey import EXPERT, by_names, computed_in, refuse_names
 from autoround.plan import Layer, ModelPlan, make_plan
 from autoround.recipe import Recipe, shard_bytes
 from autoround.run import BlockReport, Run, peak_bytes
+from autoround.signature import Signature, signature
 
 
 def refuse(recipe: Recipe, checkpoint: Checkpoint) -> str | None:
@@ -32,47 +39,103 @@ def refuse(recipe: Recipe, checkpoint: Checkpoint) -> str | None:
     return refuse_names(checkpoint)
 
 
-def quantize(recipe: Recipe, checkpoint: Checkpoint, output: Path, listener: Listener) -> Run:
+def quantize(
+    recipe: Recipe, checkpoint: Checkpoint, output: Path, listener: Listener, *, fresh: bool = False
+) -> Run:
     """`pipeline.quantize` for a run that `refuse` has no objection to."""
     started = time.perf_counter()
-    check_output(output)
-    plan = make_plan(by_names(checkpoint), recipe)
-    listener(Planned(plan))
-    run = Run(output, plan, None, listener, checkpoint.total_bytes)
-    # Not synced to the disk: what takes seconds is made anew after a power cut.
-    shard = shard_bytes(recipe.max_shard_size)
-    with output_directory(output):
-        with Artefact(plan.contents, plan.written, output, shard, durable=False) as artefact:
-            _write(checkpoint, plan, artefact, run)
-        artefact.describe(run_record(plan, run.record(recipe)))
-    run.prove(places(plan.targets, output))
+    with claim(output, fresh=fresh) as journal:
+        plan = make_plan(by_names(checkpoint), recipe)
+        listener(Planned(plan))
+        run = Run(output, plan, None, listener, checkpoint.total_bytes)
+        # Before a tensor is read only its name is known; what rows were made of is in the rows.
+        run.already = journal.record is not None
+        digests = checkpoint.scan_finite() if run.already else dict.fromkeys(checkpoint.entries, "")
+        journal.begin(_signed(recipe, checkpoint, digests), len(plan.blocks))
+        if not run.already:
+            # Not synced to the disk: what takes seconds is made anew after a power cut.
+            shard = shard_bytes(recipe.max_shard_size)
+            with Artefact(
+                plan.contents, plan.written, output, shard, durable=False, rows=journal.rows
+            ) as artefact:
+                digests = _Rounding(checkpoint, plan, artefact, run, journal).all()
+            run.signature = _signed(recipe, checkpoint, digests)
+            run.finish(artefact)
+        run.prove(places(plan.targets, output))
+        journal.close()
     run.seconds = time.perf_counter() - started
     listener(Finished(run))
     return run
 
 
-def _write(checkpoint: Checkpoint, plan: ModelPlan, artefact: Artefact, run: Run) -> None:
+def _signed(recipe: Recipe, checkpoint: Checkpoint, digests: Mapping[str, str]) -> Signature:
+    return signature(recipe, checkpoint.content(digests), None, None, False)
+
+
+class _Rounding:
     """Every tensor of the source in its order, each read once; a report per block."""
-    layers = {layer.view.param: layer for layer in plan.layers}
-    last = {layers.view.param: i for i, block in enumerate(plan.blocks) for layers in block[-1:]}
-    started = time.perf_counter()
-    for key in checkpoint.entries:
-        if layer := layers.get(key):
-            _round(layer, checkpoint, artefact)
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: ModelPlan,
+        artefact: Artefact,
+        run: Run,
+        journal: Journal,
+    ) -> None:
+        self.checkpoint, self.plan, self.artefact = checkpoint, plan, artefact
+        self.out, self.journal = run, journal
+        self.layers = {layer.view.param: layer for layer in plan.layers}
+
+    def all(self) -> dict[str, str]:
+        """Digests of the source's tensors as they were read."""
+        digests = self._resumed()
+        blocks = self.plan.blocks
+        last = {block[-1].view.param: i for i, block in enumerate(blocks) if block}
+        started, told = time.perf_counter(), len(digests)
+        for key in [key for key in self.checkpoint.entries if key not in digests]:
+            digests[key] = self._write(key)
+            if key in last:
+                index, now = last[key], time.perf_counter()
+                name = f"{self.plan.contents.blocks}.{index}"
+                report = BlockReport(index, name, math.nan, math.nan, now - started, peak_bytes())
+                self.out.blocks.append(report)
+                self.out.tell(BlockDone(report))
+                started = now
+            if self.journal.due():
+                new = dict(islice(digests.items(), told, None))
+                told = len(digests)
+                reports = self.out.blocks[len(self.journal.reports) :]
+                row = {**self.artefact.settle(), "blocks": [asdict(r) for r in reports]}
+                self.journal.commit({**row, "source": new})
+        return digests
+
+    def _resumed(self) -> dict[str, str]:
+        """What is written already, proven to be of the source as it is now."""
+        found = {key: d for row in self.journal.rows for key, d in row["source"].items()}
+        for key, now in self.checkpoint.scan_finite(found).items():
+            if now != found[key]:
+                raise InputError(
+                    f"{key} of {self.checkpoint.path} is not what the run in {self.out.output} was "
+                    "begun with; start over with --fresh, or choose another -o"
+                )
+        if found:
+            self.out.blocks += [BlockReport(**report) for report in self.journal.reports]
+            self.out.tell(Resumed(tuple(self.out.blocks)))
+        return found
+
+    def _write(self, key: str) -> str:
+        stored = self.checkpoint.get(key)
+        digest = self.checkpoint.examined(key, stored)
+        if layer := self.layers.get(key):
+            _round(layer, stored, self.checkpoint, self.artefact)
         else:
-            checkpoint.scan_finite([key])
-            artefact.keep(key, checkpoint.get(key))
-        if key in last:
-            index, now = last[key], time.perf_counter()
-            name = f"{plan.contents.blocks}.{index}"
-            report = BlockReport(index, name, math.nan, math.nan, now - started, peak_bytes())
-            run.blocks.append(report)
-            run.tell(BlockDone(report))
-            started = now
+            self.artefact.keep(key, stored, self.plan.because(key))
+        return digest
 
 
-def _round(layer: Layer, checkpoint: Checkpoint, artefact: Artefact) -> None:
-    w = weight(layer.view, checkpoint)
+def _round(layer: Layer, stored: Tensor, checkpoint: Checkpoint, artefact: Artefact) -> None:
+    w = stored.to(computed_in(checkpoint))
     q = hal.quantize(w, hal.search(w, layer.spec), layer.spec)
     if not torch.isfinite(q.parts["scale"]).all():
         raise InputError(

@@ -12,7 +12,7 @@ from autoround.cli.files import convert, export, verify
 from autoround.cli.lists import listing
 from autoround.cli.models import evaluate, generate, report
 from autoround.cli.quantize import plan, quantize
-from autoround.cli.words import Failed
+from autoround.cli.words import Failed, Stopped, noted
 from autoround.errors import InputError
 from autoround.version import VERSION
 
@@ -67,9 +67,11 @@ def run(arguments: list[str]) -> None:
     try:
         app(arguments)
     except InputError as error:
-        fail(str(error), 2)
+        fail(noted(str(error), error), 2)
     except Failed as error:
         fail(str(error), 1)
+    except Stopped as stop:
+        fail(str(stop), stop.code)
     except Exception as error:
         from autoround.failure import unexpected
 

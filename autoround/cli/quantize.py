@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autoround.cli.words import Failed, console, option, say
+from autoround.cli.words import Failed, console, noted, option, say, stoppable
 from autoround.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class Job:
     device_map: str | None
     trust_remote_code: bool
     low_cpu_mem_usage: bool
+    fresh: bool
     budget: str | None
     target_kl: float | None
 
@@ -42,7 +43,8 @@ class Job:
         from autoround.run import Source
 
         device = device_by_name(self.device_map)
-        return Source(self.model, device, self.trust_remote_code, self.low_cpu_mem_usage)
+        means = (self.trust_remote_code, self.low_cpu_mem_usage, self.fresh)
+        return Source(self.model, device, *means)
 
 
 def _asked(
@@ -169,6 +171,9 @@ def _asked(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the checkpoint's own Python code.")
     ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Begin anew, whatever run the output holds.")
+    ] = False,
 ) -> Job:
     """The options that every command about a run takes: the signature is their documentation."""
     from autoround.options import build_recipe, default_output, parse_layer_config, split_names
@@ -208,7 +213,7 @@ def _asked(
         raise InputError("give -o (the directory itself) or --output-dir (its parent), not both")
     if nsamples and (budget or target_kl):
         raise InputError("budget and target_kl choose the samples; leave nsamples out")
-    means = (device_map, trust_remote_code, low_cpu_mem_usage)
+    means = (device_map, trust_remote_code, low_cpu_mem_usage, fresh)
     return Job(built, model, output or named, *means, budget, target_kl)
 
 
@@ -254,17 +259,21 @@ def quantize(
     log, recorder = Log(job.output), Recorder()
     log.say(_started(job), ready=False)
     try:
-        with Terminal(out, job.recipe.iters, job.output) as terminal:
+        with stoppable(), Terminal(out, job.recipe.iters, job.output) as terminal:
             run = _run(job, together(log, recorder, *lines, terminal), out)
     except InputError as error:
         for listener in lines:
-            listener.say({"event": "failed", "error": str(error), "bundle": None})
+            listener.say({"event": "failed", "error": noted(str(error), error), "bundle": None})
         raise
     except Exception as error:
         found = recorder.bundle(error, job.recipe, job.source(), job.output, [*log.tail])
         for listener in lines:
-            listener.say({"event": "failed", "error": said(error), "bundle": str(found)})
-        raise Failed(f"{said(error)}; details in {found}; next: {advice(error)}") from error
+            listener.say(
+                {"event": "failed", "error": noted(said(error), error), "bundle": str(found)}
+            )
+        raise Failed(
+            f"{noted(said(error), error)}; details in {found}; next: {advice(error)}"
+        ) from error
     out.print(summary(run))
     say(run.verdicts, out)
     first = run.verdicts[0].directory
@@ -295,7 +304,7 @@ def _run(job: Job, listener: "Listener", out: "Console") -> "Run":
     checkpoint = None if job.recipe.calibrates else Checkpoint(resolve(job.model))
     source = job.source()
     if checkpoint and stream.refuse(job.recipe, checkpoint) is None:
-        return stream.quantize(job.recipe, checkpoint, job.output, listener)
+        return stream.quantize(job.recipe, checkpoint, job.output, listener, fresh=job.fresh)
     from autoround import pipeline
 
     return pipeline.quantize(job.recipe, source, job.output, listener=listener)

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What several commands take and say: their options, the console, the outcome of a proof."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
+from signal import SIGINT, SIGTERM, signal
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,6 +13,35 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from autoround.verify import Verdict
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a run as ctrl-C does."""
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Ctrl-C and SIGTERM become `Stopped`, with what a run says of what it leaves."""
+
+    def terminate(*_: object) -> None:
+        raise _Terminated
+
+    before = signal(SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        number = SIGTERM if isinstance(stop, _Terminated) else SIGINT
+        message = noted("stopped", stop)
+        if message == "stopped":
+            message = "stopped; nothing was left behind"
+        raise Stopped(message, number) from None
+    finally:
+        signal(SIGTERM, before)
+
+
+def noted(message: str, error: BaseException) -> str:
+    """A message, and what the run says of what it leaves (`autoround.directory.claim`)."""
+    return "; ".join([message, *getattr(error, "__notes__", [])])
 
 
 class Compute(StrEnum):
@@ -21,6 +53,14 @@ class Compute(StrEnum):
 
 class Failed(Exception):
     """Not the user's fault: one line that says what happened, where the facts are, what next."""
+
+
+class Stopped(BaseException):
+    """A run was told to stop by a signal, no error: what is left of it, and the exit code."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.code = 128 + signal
 
 
 def option(help: str, *names: str) -> Any:

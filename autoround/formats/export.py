@@ -2,11 +2,12 @@
 """One model in one format: planned to the byte, then written weight by weight."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from autoround.errors import InputError
@@ -39,6 +40,8 @@ class Target:
 
 #: Pieces of one output tensor: index of the piece -> safetensors dtype and shape.
 Pieces = dict[int | None, tuple[str, tuple[int, ...]]]
+#: Tensors of the files, each with the piece of it.
+Written = list[tuple[str, int]]
 
 
 def target(format: Format, contents: Contents) -> Target:
@@ -83,37 +86,59 @@ class Export:
     """
 
     def __init__(
-        self, target: Target, directory: Path, max_shard: int, *, durable: bool = True
+        self,
+        target: Target,
+        directory: Path,
+        max_shard: int,
+        *,
+        durable: bool = True,
+        settled: Mapping[str, Sequence[int | None]] | None = None,
     ) -> None:
+        """``settled``: what an earlier process wrote to the same files, see `ShardSink`."""
         self.target, self.directory = target, directory
         self.errors: dict[str, float] = {}
         self.sink = ShardSink(
-            directory, target.stored, max_shard, durable=durable, metadata=target.format.metadata
-        )
+            directory, target.stored, max_shard,
+            durable=durable, metadata=target.format.metadata, settled=settled,
+        )  # fmt: skip
 
     @property
     def checksums(self) -> Mapping[str, int]:
         """CRC-32 of every tensor written whole, by its name in the files."""
         return self.sink.checksums
 
-    def put(self, module: Module, q: QTensor) -> None:
-        """Pack and write one module's plain weight."""
+    def put(self, module: Module, q: QTensor) -> Written:
+        """Pack and write one module's plain weight; what it became."""
         target = self.target
         place = target.format.place(module.name)
         parts: Parts = target.packing.pack(q, module, target.contents)
         if target.packing.loss is not None:
             self._lost(module.name, target.packing.loss(q, parts))
+        written: Written = []
         for suffix, tensor in parts.items():
-            self.sink.put(f"{place.name}.{suffix}", tensor, place.index or 0)
+            written.append((f"{place.name}.{suffix}", place.index or 0))
+            self.sink.put(written[-1][0], tensor, written[-1][1])
+        return written
 
-    def keep(self, key: str, raw: Tensor) -> None:
-        """Write one tensor that stays, in the dtype the format wants."""
+    def keep(self, key: str, raw: Tensor) -> Written:
+        """Write one tensor that stays, in the dtype the format wants; what it became."""
         place, dtype = self.target.format.place(key), self.target.contents.tensors[key].dtype
         wanted = self.target.format.cast(dtype, self.target.contents)
         if wanted != dtype:
             given, raw = raw, raw.to(TORCH[wanted])
             self._lost(key, furthest(raw, given))
         self.sink.put_bytes(place.name, raw.contiguous(), place.index or 0)
+        return [(place.name, place.index or 0)]
+
+    def read(self, module: Module, read: Callable[[Module, Parts], QTensor]) -> QTensor:
+        """One module's plain weight, from what is written of it."""
+        place, parts = self.target.format.place(module.name), {}
+        for suffix, (dtype, shape) in self.target.packing.stored(
+            module, self.target.contents
+        ).items():
+            raw = bytearray(self.sink.read_bytes(f"{place.name}.{suffix}", place.index or 0))
+            parts[suffix] = torch.frombuffer(raw, dtype=dtype).view(shape)
+        return read(module, parts)
 
     def _lost(self, name: str, error: float) -> None:
         if not math.isfinite(error):

@@ -9,7 +9,7 @@ place: memory never holds more than one.
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +31,8 @@ DTYPES = {
 FLOATS = ("F16", "BF16", "F32", "F64")
 TORCH = {name: dtype for dtype, name in DTYPES.items()}
 PARTIAL = ".partial"
+PIECE = 1 << 28  # bytes written or read at a time
+AGAIN = "check the disk, then start over with --fresh"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +45,11 @@ class _Place:
 class ShardSink:
     """``put`` every planned tensor once, in any order; leaving the context finishes the files.
 
-    Until then they carry the suffix ``.partial``; an exception removes them. ``durable``: finished
-    files are on the disk, not in the system's memory alone. ``metadata``: the ``format`` that the
-    headers name. ``checksums``: CRC-32 of every tensor put whole.
+    Until then they carry the suffix ``.partial``; an exception removes them, unless something in
+    them is `settle`d. ``durable``: finished files are on the disk, not in the system's memory
+    alone. ``metadata``: the ``format`` that the headers name. ``crcs``: tensor -> CRC-32 of each of
+    its pieces, None = not written yet. Given ``settled``, an earlier ``crcs`` of the same files,
+    they are opened again, and what it has is proven to be there.
     """
 
     def __init__(
@@ -56,32 +60,45 @@ class ShardSink:
         *,
         durable: bool = True,
         metadata: str = "pt",
+        settled: Mapping[str, Sequence[int | None]] | None = None,
     ) -> None:
         self.directory, self._durable, self._metadata = directory, durable, metadata
         self._shards = _split(tensors, max_shard)
         self._places: dict[str, _Place] = {}
         self._files: list[int] = []
-        self._missing: dict[str, set[int]] = {}
-        self.checksums: dict[str, int] = {}
+        self._settled = settled
+        self.crcs: dict[str, list[int | None]] = {t.name: [None] * t.pieces for t in tensors}
 
     @property
     def names(self) -> list[str]:
         """File names of the finished shards."""
         return _names(len(self._shards))
 
+    @property
+    def checksums(self) -> dict[str, int]:
+        """CRC-32 of every tensor written whole, by its name."""
+        return {n: c[0] for n, c in self.crcs.items() if len(c) == 1 and c[0] is not None}
+
     def __enter__(self) -> Self:
         try:
             for index, shard in enumerate(self._shards):
-                self._open(index, shard)
+                header = _header(shard, self._metadata)
+                if self._settled is None:
+                    self._create(index, shard, header)
+                else:
+                    self._reopen(index, header)
+                start = len(header)
+                for stored in shard:
+                    self._places[stored.name] = _Place(index, start, stored)
+                    start += stored.nbytes
+            self._prove()
         except BaseException:
-            self._discard()
+            self._leave()
             raise
-        self._missing = {n: {*range(p.stored.pieces)} for n, p in self._places.items()}
         return self
 
-    def _open(self, index: int, shard: list[Stored]) -> None:
-        header = _header(shard, self._metadata)
-        start, size = len(header), len(header) + sum(stored.nbytes for stored in shard)
+    def _create(self, index: int, shard: list[Stored], header: bytes) -> None:
+        size = len(header) + sum(stored.nbytes for stored in shard)
         path = self.directory / (self.names[index] + PARTIAL)
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         self._files.append(file)
@@ -93,9 +110,46 @@ class ShardSink:
                 "free some space or choose another -o"
             ) from error
         os.pwrite(file, header, 0)
-        for stored in shard:
-            self._places[stored.name] = _Place(index, start, stored)
-            start += stored.nbytes
+
+    def _reopen(self, index: int, header: bytes) -> None:
+        name = self.names[index]
+        found = [self.directory / n for n in (name + PARTIAL, name)]
+        path = next((p for p in found if p.is_file()), found[0])
+        try:
+            self._files.append(os.open(path, os.O_RDWR))
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}; {AGAIN}") from error
+        if os.pread(self._files[-1], len(header), 0) != header:
+            raise InputError(f"{path} is not the file that the run began; {AGAIN}")
+
+    def _prove(self) -> None:
+        """What is settled must be there, byte for byte."""
+        for name, crcs in (self._settled or {}).items():
+            for index, crc in enumerate(crcs):
+                if crc is not None and zlib.crc32(self.read_bytes(name, index)) != crc:
+                    raise InputError(
+                        f"{self.directory}: {name} is not what was written there; {AGAIN}"
+                    )
+            self.crcs[name] = [*crcs]
+
+    def settle(self) -> None:
+        """Have all that is written on the disk; from now on an exception leaves the files."""
+        for file in self._files:
+            os.fsync(file)
+        self._settled = self._settled or {}
+
+    def read_bytes(self, name: str, index: int = 0) -> bytes:
+        """One tensor, or one of its pieces, as the files have it."""
+        place = self._places[name]
+        size = place.stored.nbytes // place.stored.pieces
+        data, offset = bytearray(), place.offset + index * size
+        while len(data) < size:
+            piece = os.pread(self._files[place.shard], min(size - len(data), PIECE), offset)
+            if not piece:
+                raise InputError(f"{self.directory}: {name} is cut short; {AGAIN}")
+            data += piece
+            offset += len(piece)
+        return bytes(data)
 
     def put(self, name: str, tensor: Tensor, index: int = 0) -> None:
         """Write one tensor to its place; dtype and shape must be the planned ones.
@@ -113,15 +167,14 @@ class ShardSink:
         place = self._places[name]
         data = memoryview(raw.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         size = place.stored.nbytes // place.stored.pieces
-        if len(data) != size or index not in self._missing[name]:
+        if len(data) != size or self.crcs[name][index] is not None:
             raise AssertionError(f"{name}: {len(data)} bytes, planned {place.stored}, or put twice")
-        if place.stored.pieces == 1:
-            self.checksums[name] = zlib.crc32(data)
+        crc = zlib.crc32(data)
         file, offset = self._files[place.shard], place.offset + index * size
         while data:
-            written = os.pwrite(file, data[: 1 << 28], offset)
+            written = os.pwrite(file, data[:PIECE], offset)
             data, offset = data[written:], offset + written
-        self._missing[name].discard(index)
+        self.crcs[name][index] = crc
 
     def __exit__(
         self,
@@ -130,10 +183,10 @@ class ShardSink:
         trace: TracebackType | None,
     ) -> None:
         if kind is not None:
-            self._discard()
+            self._leave()
             return
-        if missing := sorted(name for name, pieces in self._missing.items() if pieces):
-            self._discard()
+        if missing := sorted(name for name, crcs in self.crcs.items() if None in crcs):
+            self._leave()
             raise AssertionError(f"never written: {missing[:5]}")
         self._finish()
 
@@ -144,7 +197,9 @@ class ShardSink:
             os.close(file)
         self._files = []
         for name in self.names:
-            os.replace(self.directory / (name + PARTIAL), self.directory / name)
+            partial = self.directory / (name + PARTIAL)
+            if partial.exists() or self._settled is None:  # a run that was cut off here
+                os.replace(partial, self.directory / name)
         if len(self._shards) > 1:
             self._write_index()
 
@@ -156,10 +211,13 @@ class ShardSink:
         path = self.directory / "model.safetensors.index.json"
         path.write_text(json.dumps(index, indent=2) + "\n")
 
-    def _discard(self) -> None:
+    def _leave(self) -> None:
+        """Close the files; remove them, unless they hold what is settled."""
         for file in self._files:
             os.close(file)
         self._files = []
+        if self._settled is not None:
+            return
         for name in self.names:
             (self.directory / (name + PARTIAL)).unlink(missing_ok=True)
 

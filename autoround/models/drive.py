@@ -131,6 +131,20 @@ class PausedForwards:
                     f"block {index}: resume() must give every waiting input its output"
                 )
 
+    @property
+    def waiting(self) -> dict[int, tuple[int, Call]]:
+        """Inputs that stand at a block: its index, and how the model calls it."""
+        return {
+            i: (f.block, f.call)
+            for i, f in enumerate(self._forwards)
+            if f.block is not None and f.call is not None
+        }
+
+    @property
+    def replies(self) -> dict[int, int]:
+        """How many outputs each input has been given."""
+        return {i: f.steps - 1 for i, f in enumerate(self._forwards)}
+
     def resume(self, outputs: Mapping[int, Any]) -> None:
         """Give inputs their block's output (its own container) and run each to its next stop."""
         for i in sorted(outputs):

@@ -88,7 +88,7 @@ def refuse_names(checkpoint: Checkpoint) -> str | None:
             return f"{differ[0]} is not what its config says"
     elif config.get("tie_word_embeddings") and "lm_head.weight" in entries:
         return "its head is stored and tied"
-    if _dtype(checkpoint) is None:
+    if computed_in(checkpoint) is None:
         return "its weights are not in f16, bf16 or f32"
     return None if _inside(entries) else "no list of blocks shows in its names"
 
@@ -170,7 +170,7 @@ def _known(model_type: str) -> bool:
     return any(f'"{model_type}"' in table.read_text() for table in tables)
 
 
-def _dtype(checkpoint: Checkpoint) -> torch.dtype | None:
+def computed_in(checkpoint: Checkpoint) -> torch.dtype | None:
     """What the model computes in: named by the config, else that of its first float tensor."""
     named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     if named is not None:
@@ -224,13 +224,3 @@ def _by_name(checkpoint: Checkpoint, key: str) -> WeightView | str:
         return f"{key} is stored in {entry.dtype}"
     n, k = entry.shape
     return WeightView(key, (n, k), 1, (Part(module, key, (0, n), False),), (n, k))
-
-
-def weight(view: WeightView, checkpoint: Checkpoint) -> Tensor:
-    """The float weight ``[N, K]`` of a view made by names, in the dtype the model computes in."""
-    dtype = _dtype(checkpoint)
-    assert dtype is not None
-    stored = checkpoint.get(view.param)
-    if not all(bound.isfinite() for bound in torch.aminmax(stored)):
-        checkpoint.scan_finite([view.param])
-    return stored.to(dtype)

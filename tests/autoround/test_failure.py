@@ -52,8 +52,10 @@ def test_one_line_and_a_block_that_runs_again(
     bundle = fail(stage, saved, tmp_path, monkeypatch, *options)
     said = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert len(said) == 1
-    assert said[0].startswith("error: ArithmeticError: this block is broken; details in")
-    assert str(bundle) in said[0]
+    assert said[0].startswith(
+        "error: ArithmeticError: this block is broken; 1 of 3 blocks are kept"
+    )
+    assert f"; details in {bundle}" in said[0]
     assert "; next: " in said[0]
     facts = json.loads((bundle / "failure.json").read_text())
     assert facts["block"]["name"] == "model.layers.1"

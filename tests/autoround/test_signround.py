@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import hal
-from autoround import pipeline
+from autoround import engine, pipeline
 from autoround.models import Call, Samples
 from autoround.options import build_recipe
 from autoround.recipe import Recipe
@@ -323,12 +323,12 @@ def test_range_is_left_alone_without_minmax_tuning() -> None:
 
 
 def test_recipe_decides_the_steps() -> None:
-    made = pipeline._signround(Recipe(iters=1000), lambda t, loss: None)
+    made = engine._signround(Recipe(iters=1000), lambda t, loss: None)
     assert [made.lr(b) for b in (2, 3, 4)] == [2e-3, 2e-3, 1e-3]
     assert [made.minmax_lr(b) for b in (2, 4)] == [2e-3, 1e-3]
-    off = pipeline._signround(Recipe(enable_minmax_tuning=False), lambda t, loss: None)
+    off = engine._signround(Recipe(enable_minmax_tuning=False), lambda t, loss: None)
     assert (off.lr(4), off.minmax_lr(4)) == (5e-3, 0.0)
-    own = pipeline._signround(Recipe(lr=0.1, minmax_lr=0.2), lambda t, loss: None)
+    own = engine._signround(Recipe(lr=0.1, minmax_lr=0.2), lambda t, loss: None)
     assert (own.lr(2), own.minmax_lr(2)) == (0.1, 0.2)
 
 
@@ -378,14 +378,6 @@ def test_measure_is_the_mean_over_all_samples() -> None:
 # ---- in the pipeline -------------------------------------------------------------------------
 
 
-class Watch(pipeline.Silent):
-    def __init__(self) -> None:
-        self.steps: list[float] = []
-
-    def step(self, t: int, loss: float) -> None:
-        self.steps.append(loss)
-
-
 def tuned(output: Path, **changes: Any) -> pipeline.Run:
     small = {"nsamples": 8, "seqlen": 32, "batch_size": 4, "iters": 8, "lr": 0.02}
     recipe = build_recipe("signround", {"bits": 2, "group_size": 32} | small | changes)
@@ -405,14 +397,14 @@ def test_blocks_are_tuned_on_the_chain_asked_for(
 ) -> None:
     """Block 1's inputs are the outputs of block 0: quantized with the option, float without."""
     seen: list[dict[str, Any]] = []
-    original = pipeline._Engine._run_stages
+    original = engine.Engine._run_stages
 
     def spy(self: Any, task: BlockTask) -> None:
         original(self, task)
         assert task.x is not None
         assert task.y is not None
         call = task.x.gather([0])
-        weights = pipeline._dequantized(task)
+        weights = engine._dequantized(task)
         with torch.no_grad():
             rounded = task.forward(call, weights)
             plain = task.forward(call, {})
@@ -420,7 +412,7 @@ def test_blocks_are_tuned_on_the_chain_asked_for(
         seen.append({"x": call.hidden.clone(), "rounded": out[0], "float": out[1],
                      "y": task.y[0].clone()})  # fmt: skip
 
-    monkeypatch.setattr(pipeline._Engine, "_run_stages", spy)
+    monkeypatch.setattr(engine.Engine, "_run_stages", spy)
     # One sample a batch, so that every forward is the same arithmetic.
     tuned(tmp_path / "out", enable_quanted_input=chained, batch_size=1, nsamples=4)
     for before, after in pairwise(seen):

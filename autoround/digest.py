@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Digests of tensors' bytes, to know them again."""
+
+import hashlib
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+PIECE = 1 << 22  # bytes; a tensor's digest is that of its pieces of this size
+
+
+def of_pieces(pieces: Iterable[Tensor]) -> str:
+    """The digest of a tensor that comes in flat pieces of PIECE bytes, the last one shorter."""
+    content = hashlib.sha256()
+    for piece in pieces:
+        data = memoryview(piece.contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
+        content.update(zlib.crc32(data).to_bytes(4, "little"))
+        content.update(zlib.adler32(data).to_bytes(4, "little"))
+    return content.hexdigest()[:32]
+
+
+def pieces(x: Tensor) -> Iterable[Tensor]:
+    """The flat pieces of a tensor in the host's memory."""
+    flat = x.detach().cpu().contiguous().reshape(-1)
+    size = PIECE // flat.element_size()
+    return [flat[at : at + size] for at in range(0, len(flat), size)]
+
+
+def of_tensor(x: Tensor) -> str:
+    """The digest of the bytes of a tensor, wherever it is; not of its shape."""
+    return of_pieces(pieces(x))
+
+
+def of_file(path: Path) -> str:
+    """sha256 of a small file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]

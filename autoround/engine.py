@@ -1,0 +1,434 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The block loop: read one block, tune it, write it packed, free it, commit."""
+
+import contextlib
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+import hal
+from autoround import chains
+from autoround.artefact import Artefact
+from autoround.calib import TokenSet
+from autoround.errors import InputError
+from autoround.events import BlockDone, BlockFailed, BlockStarted, Resumed, Step
+from autoround.journal import Journal
+from autoround.models import (
+    Call,
+    PausedForwards,
+    Pool,
+    Samples,
+    Store,
+    StreamedModel,
+    split,
+    trim,
+    verify,
+)
+from autoround.plan import Layer
+from autoround.recipe import Recipe
+from autoround.run import BlockReport, Run, peak_bytes
+from autoround.stages import (
+    BlockTask,
+    Feedback,
+    Kept,
+    LayerTask,
+    Measure,
+    Search,
+    Signed,
+    SignRound,
+    Stage,
+    Steps,
+    WeightedSearch,
+    adam,
+    momentum,
+)
+from autoround.stages.task import hidden
+
+#: One sample in so many only judges what the closed form makes of the others.
+HELD_OUT = 8
+
+
+class Engine:
+    """One run over all blocks, from where the journal ends."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        streamed: StreamedModel,
+        artefact: Artefact,
+        run: Run,
+        journal: Journal,
+        spill: bool,
+    ) -> None:
+        self.recipe, self.streamed, self.plan = recipe, streamed, run.plan
+        self.artefact, self.out, self.journal = artefact, run, journal
+        self.stages = stages_of(recipe, lambda t, loss: run.tell(Step(t, loss)))
+        self.pool = Pool(run.output, spill)
+        self.last = len(streamed.blocks.modules) - 1
+
+    def run(self, tokens: TokenSet | None) -> None:
+        if self.journal.rows:
+            self.out.blocks += _reports(self.journal)
+            self.out.tell(Resumed(tuple(self.out.blocks)))
+        else:
+            for tensor in self.plan.contents.kept:
+                raw = self.streamed.checkpoint.get(tensor.name)
+                self.artefact.keep(tensor.name, raw, self.plan.because(tensor.name))
+            if self.plan.head is not None:
+                self._head(self.plan.head)
+        if tokens is not None:
+            self._drive(tokens)
+        for index in range(self.last + 1):
+            if index not in self.done:  # no data, or text alone never reaches it: cross-attention
+                with self._block(index) as task:
+                    Search().run(task)
+                if tokens is not None or self.journal.due():
+                    self._commit({"received": {}})
+
+    @property
+    def done(self) -> set[int]:
+        return {report.index for report in self.out.blocks}
+
+    def _drive(self, tokens: TokenSet) -> None:
+        """All blocks that text reaches, in the order in which the model calls them."""
+        state = self.journal.rows[-1]["chains"] if self.journal.rows else None
+        if state is not None and state["received"] == {}:
+            return
+        self.streamed.load_outside_blocks()
+        rows = [row[None].to(self.streamed.device) for row in tokens.ids]
+        inputs = [
+            {"input_ids": row} for row in rows * (2 if self.recipe.enable_quanted_input else 1)
+        ]
+        if state is not None and state.get("file"):
+            with self._forwards(inputs, len(rows)) as forwards:
+                if self._placed(forwards, state):
+                    self._blocks(forwards, len(rows), None)
+                    return
+        with self._forwards(inputs, len(rows)) as forwards:
+            self._blocks(forwards, len(rows), state and state["received"])
+
+    def _forwards(self, inputs: list[dict[str, Tensor]], n: int) -> PausedForwards:
+        modules = self.streamed.blocks.modules
+        return PausedForwards(self.streamed.model, modules, inputs, self._adopt(n))
+
+    def _placed(self, forwards: PausedForwards, state: Mapping[str, Any]) -> bool:
+        """Bring every forward to where it stood when the state was committed.
+
+        What the last block put out stands for the outputs of all before it. That will do for models
+        that hand blocks nothing else; it is proven by the digests of all that the forwards hand
+        over now. False for other models.
+        """
+        trees = {int(i): tree for i, (_, tree) in state["outputs"].items()}
+        path = self.journal.directory / state["file"]
+        outputs = chains.read(path, trees, self.streamed.device)
+        try:
+            for i, (replies, _) in state["outputs"].items():
+                for _ in range(replies):
+                    forwards.resume({int(i): outputs[int(i)]})
+        except Exception:  # remote code or not: it wants what it does not get here
+            return False
+        return bool(_received(forwards, chains.Digests()) == state["received"])
+
+    def _blocks(self, forwards: PausedForwards, n: int, expected: Mapping[str, Any] | None) -> None:
+        """Every block that the forwards come to; what is done already, from its written weights.
+
+        ``expected``: what the first one that is not done must be given.
+        """
+        trim()
+        for index, calls in forwards:
+            if index in self.done:
+                self._replay(index, calls, forwards, n)
+                continue
+            digests = chains.Digests()
+            if expected and _received(forwards, digests) != expected:
+                raise InputError(
+                    f"{self.streamed.blocks.names[index]} is given other inputs than before the "
+                    f"run in {self.out.output} stopped: this model or machine does not repeat "
+                    "itself; start over with --fresh"
+                )
+            expected = None
+            spool = chains.Spool(self.journal.directory, digests)
+            with self._block(index) as task:
+                for outputs in self._tune(task, calls, n, written=False):
+                    if index < self.last:  # the model's head adds nothing that tuning needs
+                        spool.add(outputs)
+                        forwards.resume(outputs)
+            if index == self.last:
+                spool.discard()
+                self._commit({"received": {}})
+                return
+            received = _received(forwards, digests)
+            trees = {str(i): [forwards.replies[i], tree] for i, tree in spool.trees.items()}
+            file = spool.close() if received else None
+            self._commit({"file": file, "outputs": trees if file else {}, "received": received})
+
+    def _replay(self, index: int, calls: dict[int, Call], forwards: PausedForwards, n: int) -> None:
+        """A block that is done: both chains go on with the weights that are written."""
+        with self._task(index) as task:
+            for outputs in self._tune(task, calls, n, written=True):
+                if index < self.last:
+                    forwards.resume(outputs)
+
+    def _commit(self, state: dict[str, Any]) -> None:
+        """One row: the tensors on the disk, the block's outcome, what passes to the next."""
+        fresh = self.out.blocks[len(_reports(self.journal)) :]
+        reports = [asdict(report) for report in fresh]
+        self.journal.commit({**self.artefact.settle(), "blocks": reports, "chains": state})
+        for report in fresh:
+            self.out.tell(BlockDone(report))
+
+    @contextlib.contextmanager
+    def _block(self, index: int) -> Iterator[BlockTask]:
+        """A materialised block as a task; packed, written and reported on leaving."""
+        started, name = time.perf_counter(), self.streamed.blocks.names[index]
+        self.out.tell(BlockStarted(index, name))
+        with self._task(index) as task:
+            try:
+                yield task
+            except Exception as error:
+                self.out.tell(BlockFailed(index, name, task, error))
+                raise
+            for layer in self.plan.blocks[index]:
+                self._write(layer, task.layers[_inside(layer, name)])
+        trim()
+        rtn, loss = (task.report.get(key, math.nan) for key in ("loss_rtn", "loss"))
+        seconds = time.perf_counter() - started
+        sparse = int(task.report.get("sparse_experts", 0))
+        report = BlockReport(index, name, rtn, loss, seconds, peak_bytes(), sparse)
+        self.out.blocks.append(report)
+
+    @contextlib.contextmanager
+    def _task(self, index: int) -> Iterator[BlockTask]:
+        """A block with its parameters, proven to be the checkpoint's."""
+        name = self.streamed.blocks.names[index]
+        with self.streamed.block(index) as module:
+            layers = {
+                _inside(x, name): _layer_task(x, self.streamed) for x in self.plan.blocks[index]
+            }
+            yield BlockTask(index, module, layers, self._computing)
+
+    def _run_stages(self, task: BlockTask) -> None:
+        for stage in self.stages:
+            stage.run(task)
+
+    def _adopt(self, n: int) -> Callable[[int, Call], None]:
+        """Puts the first block's inputs in a store, both chains' of a sample in one row.
+
+        In place: a paused forward holds on to its embeddings until its end.
+        """
+        stores: list[Store] = []
+        rows: list[Tensor] = []
+
+        def adopt(i: int, call: Call) -> None:
+            if not stores:
+                stores.append(self.pool.take(n, call.hidden))
+            if i < n:
+                rows.append(stores[0].put(i, call.hidden))
+            if torch.equal(call.hidden, rows[i % n]):
+                call.hidden.set_(rows[i % n])  # type: ignore[call-overload]
+            self.pool.rest()
+
+        return adopt
+
+    def _tune(
+        self, task: BlockTask, calls: dict[int, Call], n: int, *, written: bool
+    ) -> Iterator[Mapping[int, Any]]:
+        """Tune on the quantized chain's inputs toward the float chain's outputs.
+
+        Inputs ``0 .. n-1`` are the float chain, ``n ..`` the quantized one (where there is one).
+        Yields what each waiting forward gets as its block's output, float chain first: by then its
+        inputs are needed no more, and the rounded block's outputs take their place. ``written``:
+        the block was tuned by an earlier process, its weights are in the files.
+        """
+        floats = Samples({i: call for i, call in calls.items() if i < n})
+        quants = Samples({i - n: call for i, call in calls.items() if i >= n})
+        calls.clear()
+        task.x, task.floats = quants if quants.indices else floats, floats
+        outputs = self._forward_all(task, floats, {}, self._finite)
+        if not written:
+            task.y = {i: hidden(out) for i, out in outputs.items()}
+            task.held = held_out(self.recipe, task.x.indices)
+            if task.layers:
+                self._run_stages(task)
+        yield outputs
+        if quants.indices:
+            del floats
+            task.floats = None
+        weights = self._written(task) if written else _dequantized(task)
+        rounded = self._forward_all(task, task.x, weights)
+        if task.y is not None:
+            task.report["loss"] = _mean_loss({i: rounded[i] for i in task.judged}, task.y)
+        if quants.indices:
+            yield {i + n: out for i, out in rounded.items()}
+
+    def _written(self, task: BlockTask) -> dict[str, Tensor]:
+        """The weights as the artefact has them."""
+        name, modules = self.streamed.blocks.names[task.index], self.plan.contents.modules
+        return {
+            _inside(layer, name): torch.cat(
+                [
+                    hal.dequantize(
+                        self.artefact.read(modules[part.key]),
+                        dtype=task.layers[_inside(layer, name)].dtype,
+                    )
+                    for part in layer.view.parts
+                ]
+            ).to(self.streamed.device)
+            for layer in self.plan.blocks[task.index]
+        }
+
+    def _forward_all(
+        self,
+        task: BlockTask,
+        samples: Samples,
+        weights: dict[str, Tensor],
+        check: Callable[[BlockTask, Tensor], None] = lambda task, out: None,
+    ) -> dict[int, Any]:
+        """Block output of every sample, in the container the block returns."""
+        outputs: dict[int, Any] = {}
+        store: Store | None = None
+        with torch.no_grad():
+            for batch in samples.batches(samples.indices, self.recipe.batch_size):
+                out = task.forward(samples.gather(batch), weights)
+                check(task, hidden(out))
+                for i, piece in zip(batch, split(out, len(batch)), strict=True):
+                    store = store or self.pool.take(len(samples.indices), hidden(piece))
+                    row = store.put(samples.indices.index(i), hidden(piece))
+                    outputs[i] = (row, *piece[1:]) if isinstance(piece, tuple) else row
+        return outputs
+
+    def _finite(self, task: BlockTask, out: Tensor) -> None:
+        if not torch.isfinite(out).all():
+            raise InputError(
+                f"{self.streamed.blocks.names[task.index]} puts out NaN or infinity in "
+                f"{self.streamed.dtype} before anything is quantized; save the model in bfloat16 "
+                "first, or use --recipe rtn"
+            )
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """bf16 arithmetic for f32 models; other models compute in their own dtype.
+
+        Afterwards the samples' memory is given back where they lie in files.
+        """
+        kind = self.streamed.device.type
+        try:
+            with torch.autocast(kind, torch.bfloat16, self.streamed.dtype == torch.float32):
+                yield
+        finally:
+            self.pool.rest()
+
+    def _head(self, layer: Layer) -> None:
+        """The output projection: rounded to nearest, for want of a block to tune it in."""
+        name = layer.view.param.rpartition(".")[0]
+        self.streamed.load([name])
+        task = _layer_task(layer, self.streamed)
+        task.params = hal.search(task.w, layer.spec)
+        self._write(layer, task)
+        self.streamed.drop(self.streamed.model.get_submodule(name))
+
+    def _write(self, layer: Layer, task: LayerTask) -> None:
+        """Codes of one weight, cut into the checkpoint's modules, packed and put in the file."""
+        q = hal.quantize(task.w, task.ready, layer.spec)
+        if not torch.isfinite(q.parts["scale"]).all():
+            raise InputError(
+                f"{layer.view.param}: a scale exceeds {layer.spec.scale}; "
+                "leave the layer out with --ignore-layers"
+            )
+        for part in layer.view.parts:
+            self.artefact.put(self.plan.contents.modules[part.key], q.rows(*part.rows))
+
+
+def held_out(recipe: Recipe, indices: tuple[int, ...]) -> tuple[int, ...]:
+    """The samples that only judge."""
+    return indices[1:][-max(1, len(indices) // HELD_OUT) :] if recipe.feedback else ()
+
+
+def stages_of(recipe: Recipe, on_step: Callable[[int, float], None]) -> tuple[Stage, ...]:
+    """What a recipe does to each block, in order."""
+    stages: list[Stage] = [Search()]
+    size = recipe.batch_size
+    if recipe.calibrates:
+        stages.append(Measure("loss_rtn", size))
+    if recipe.search:
+        stages.append(WeightedSearch(size))
+    if recipe.feedback:
+        stages.append(Kept(Feedback(size), "loss_rtn", size))
+    if recipe.iters:
+        stages.append(_signround(recipe, on_step))
+    return tuple(stages)
+
+
+def _signround(recipe: Recipe, on_step: Callable[[int, float], None]) -> SignRound:
+    def minmax_lr(bits: int) -> float:
+        if not recipe.enable_minmax_tuning:
+            return 0.0
+        return recipe.learning_rate(bits) if recipe.minmax_lr is None else recipe.minmax_lr
+
+    return SignRound(
+        recipe.iters,
+        recipe.batch_size,
+        recipe.gradient_accumulate_steps,
+        recipe.learning_rate,
+        minmax_lr,
+        recipe.seed,
+        on_step,
+        widest=2.0 if recipe.search else 1.0,
+        trim=lambda bits: 1e-3 if recipe.search and bits < 4 else 0.0,
+        keep_last=recipe.not_use_best_mse,
+        patience=recipe.dynamic_max_gap,
+        steps=_steps(recipe),
+    )
+
+
+def _steps(recipe: Recipe) -> Callable[[], Steps]:
+    if recipe.enable_adam:
+        return adam
+    return functools.partial(momentum, recipe.momentum) if recipe.momentum else Signed
+
+
+def _layer_task(layer: Layer, streamed: StreamedModel) -> LayerTask:
+    """The float weight ``[N, K]``, proven to be the checkpoint's own bytes."""
+    verify(layer.view, streamed)
+    parameter = streamed.model.get_parameter(layer.view.param).detach()
+    return LayerTask(layer.spec, layer.view.matrix(parameter).contiguous(), layer.view.restore)
+
+
+def _inside(layer: Layer, block: str) -> str:
+    return layer.view.param.removeprefix(block + ".")
+
+
+def _dequantized(task: BlockTask) -> dict[str, Tensor]:
+    """The weights as the artefact will have them."""
+    return {
+        name: hal.dequantize(hal.quantize(layer.w, layer.ready, layer.spec), dtype=layer.dtype)
+        for name, layer in task.layers.items()
+    }
+
+
+def _received(forwards: PausedForwards, digests: chains.Digests) -> dict[str, list[Any]] | None:
+    """Where every forward waits, and the digest of what it hands over; None = not to be told."""
+    try:
+        return {
+            str(i): [block, digests.value((call.args, call.kwargs))]
+            for i, (block, call) in forwards.waiting.items()
+        }
+    except chains.Opaque:
+        return None
+
+
+def _reports(journal: Journal) -> list[BlockReport]:
+    """Outcomes of all blocks that are committed."""
+    return [BlockReport(**report) for row in journal.rows for report in row["blocks"]]
+
+
+def _mean_loss(outputs: Mapping[int, Any], targets: Mapping[int, Tensor]) -> float:
+    errors = [mse_loss(hidden(out).float(), targets[i].float()) for i, out in outputs.items()]
+    return float(torch.stack(errors).mean())
