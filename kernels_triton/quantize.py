@@ -5,6 +5,7 @@ Sums over a group go by chunks of 16 columns, a lane each (`codec.fold`), so tha
 reference's. ``w``, ``grad``, ``out``: ``[n, k]`` f32, bf16 or f16; parameters ``[n, groups]`` f32.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -211,13 +212,19 @@ def _search(w, importance, factors, tried, amin, amax, k, groups, count, least,
     tl.store(amax + group, top * best, exists)
 
 
+@cache
+def _on(device: torch.device, factors: tuple[float, ...]) -> Tensor:
+    """Copied once: a graph that is being captured takes no copies from the host."""
+    return torch.tensor(factors, dtype=torch.float32, device=device)
+
+
 def search(
     w: Tensor, importance: Tensor | None, factors: list[float], e: Encoding,
     amin: Tensor, amax: Tensor,
 ) -> None:  # fmt: skip
     """`hal.search`: the best of ``factors`` (none = min-max) of every group's range."""
     rows = TILE // LANES // 2
-    given = torch.tensor(factors, dtype=torch.float32, device=w.device)
+    given = _on(w.device, tuple(factors))
     _search[_grid(e, rows)](
         w, importance, given, len(factors), amin, amax, e.k, e.groups, e.n * e.groups, e.least,
         **e.constants, WEIGHTED=importance is not None, ROWS=rows, **EXACT,

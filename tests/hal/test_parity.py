@@ -9,7 +9,8 @@ import torch
 from cases import FLOATS, KINDS, specs, weight
 
 import hal
-from hal import codec, device
+from hal import codec
+from hal import device as devices
 from hal.backends import REFERENCE, cpu, reference, serving
 from hal.layout import LAYOUTS
 from hal.plan import Weight
@@ -21,29 +22,43 @@ ISAS = cpu.isas() if NATIVE else ()
 needs_native = pytest.mark.skipif(not NATIVE, reason=str(cpu.probe()))
 
 
-def each(*ops: str) -> pytest.MarkDecorator:
-    """Rows of backends that work on tensors in host memory, native ones on every instruction set.
+HOST = torch.device("cpu")
 
-    One argument for each op, named like it, and the instruction set.
+
+def each(*ops: str) -> pytest.MarkDecorator:
+    """Rows of every backend on the devices of this machine, native ones on every instruction set.
+
+    One argument for each op, named like it, and ``place``: where the tensors are.
     """
-    params = [
-        pytest.param(*row, isa, id="-".join((*(r.name for r in row), *([isa] if isa else []))))
-        for b in serving(cpu.NAME)
-        if b.NAME != REFERENCE
-        for row in itertools.product(*([r for r in b.KERNELS if r.op == op] for op in ops))
-        for isa in (ISAS if b is cpu else ("",))
-    ]
-    return pytest.mark.parametrize((*ops, "isa"), params, indirect=["isa"])
+    found = []
+    for where in dict.fromkeys((HOST, devices.resolve(None))):
+        for b in (b for b in serving(where.type) if b.NAME != REFERENCE):
+            for row in itertools.product(*([r for r in b.KERNELS if r.op == op] for op in ops)):
+                for isa in ISAS if b is cpu else ("",):
+                    names = [*(r.name for r in row), isa or str(where)]
+                    found.append(pytest.param(*row, (where, isa), id="-".join(names)))
+    return pytest.mark.parametrize((*ops, "place"), found, indirect=["place"])
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    where, isa = request.param
+    if isa:
+        monkeypatch.setenv("HAL_ISA", isa)
+    return where
 
 
 @pytest.fixture
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param:
-        monkeypatch.setenv("HAL_ISA", request.param)
+    monkeypatch.setenv("HAL_ISA", request.param)
     return str(request.param)
 
 
-def tried(row: Kernel) -> list[tuple[hal.Spec, torch.Tensor]]:
+def interpreted(row: Kernel, place: torch.device) -> bool:
+    return place == HOST and not row.name.startswith(cpu.NAME)
+
+
+def tried(row: Kernel, place: torch.device) -> list[tuple[hal.Spec, torch.Tensor]]:
     """Every spec with two kinds of weight, kinds and dtypes taking turns; a sample of them for
     kernels that an interpreter runs."""
     turns = itertools.cycle(itertools.product(KINDS, FLOATS))
@@ -52,98 +67,110 @@ def tried(row: Kernel) -> list[tuple[hal.Spec, torch.Tensor]]:
         for spec, n, k in specs()
         for kind, dtype in itertools.islice(turns, 2)
     ]
-    return found if row.name.startswith(cpu.NAME) else found[:: 61 if row.op == "search" else 13]
+    few = 61 if row.op == "search" else 13
+    return found[::few] if interpreted(row, place) else found
 
 
-def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def poisoned(
+    shape: tuple[int, ...], dtype: torch.dtype, place: torch.device = HOST
+) -> torch.Tensor:
     """What a kernel must overwrite: 0xA5 in every byte."""
     size = torch.empty(shape, dtype=dtype).numel() * dtype.itemsize
-    return torch.full((size,), 0xA5, dtype=torch.uint8).view(dtype).view(shape)
+    return torch.full((size,), 0xA5, dtype=torch.uint8, device=place).view(dtype).view(shape)
+
+
+def moved(parts: dict[str, torch.Tensor], place: torch.device) -> dict[str, torch.Tensor]:
+    return {name: t.to(place) for name, t in parts.items()}
 
 
 @each("search")
 @pytest.mark.parametrize("grid", [0, 8])
-def test_search(search: Kernel, isa: str, grid: int) -> None:
-    for i, (spec, w) in enumerate(tried(search)):
+def test_search(search: Kernel, place: torch.device, grid: int) -> None:
+    for i, (spec, w) in enumerate(tried(search, place)):
         importance = torch.rand(w.shape[1]) if i % 2 else None
         shape = (w.shape[0], spec.groups(w.shape[1]))
-        amin, amax = poisoned(shape, torch.float32), poisoned(shape, torch.float32)
-        search.fn(w, spec, importance, grid, amin, amax)
+        amin, amax = (poisoned(shape, torch.float32, place) for _ in range(2))
+        given = None if importance is None else importance.to(place)
+        search.fn(w.to(place), spec, given, grid, amin, amax)
         want = codec.search(w, spec, importance, grid)
-        assert same(amin, want[0]), (spec, w.dtype, i)
-        assert same(amax, want[1]), (spec, w.dtype, i)
+        assert same(amin.cpu(), want[0]), (spec, w.dtype, i)
+        assert same(amax.cpu(), want[1]), (spec, w.dtype, i)
 
 
 @each("qdq")
-def test_qdq(qdq: Kernel, isa: str) -> None:
-    for i, (spec, w) in enumerate(tried(qdq)):
-        p = params(w, spec, i)
-        p.v = p.v if i % 3 else None
-        out = poisoned(tuple(w.shape), w.dtype)
-        qdq.fn(w, p, spec, out)
-        assert same(out, codec.qdq(w, p, spec)), (spec, w.dtype, i)
+def test_qdq(qdq: Kernel, place: torch.device) -> None:
+    for i, (spec, w) in enumerate(tried(qdq, place)):
+        here, p = params(w.to(place), spec, i), params(w, spec, i)
+        if i % 3 == 0:
+            here.v = p.v = None
+        out = poisoned(tuple(w.shape), w.dtype, place)
+        qdq.fn(w.to(place), here, spec, out)
+        assert same(out.cpu(), codec.qdq(w, p, spec)), (spec, w.dtype, i)
 
 
 @each("qdq_step")
-def test_qdq_step(qdq_step: Kernel, isa: str) -> None:
-    for i, (spec, w) in enumerate(tried(qdq_step)):
-        got, want = params(w, spec, i), params(w, spec, i)
+def test_qdq_step(qdq_step: Kernel, place: torch.device) -> None:
+    for i, (spec, w) in enumerate(tried(qdq_step, place)):
+        got, want = params(w.to(place), spec, i), params(w, spec, i)
         if i % 3 == 0:
             got.v = want.v = None
         grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(i)).to(FLOATS[i % 3])
         grad[grad.abs() < 0.1] = 0
-        qdq_step.fn(got, w, grad, spec, 0.005, 0.3)
+        qdq_step.fn(got, w.to(place), grad.to(place), spec, 0.005, 0.3)
         codec.qdq_step_(want, w, grad, spec, 0.005, 0.3)
         pairs = [(got.lo, want.lo), (got.hi, want.hi)]
         if got.v is not None and want.v is not None:
             pairs.append((got.v, want.v))
-        assert all(same(a, b) for a, b in pairs), (spec, w.dtype, i)
+        assert all(same(a.cpu(), b) for a, b in pairs), (spec, w.dtype, i)
 
 
 @each("quantize", "dequantize")
-def test_quantize_dequantize(quantize: Kernel, dequantize: Kernel, isa: str) -> None:
-    for i, (spec, w) in enumerate(tried(quantize)):
+def test_quantize_dequantize(quantize: Kernel, dequantize: Kernel, place: torch.device) -> None:
+    for i, (spec, w) in enumerate(tried(quantize, place)):
         p, groups = params(w, spec, i), (w.shape[0], spec.groups(w.shape[1]))
         shapes = {"codes": (tuple(w.shape), torch.uint8), "scale": (groups, spec.scale_dtype)}
         if not spec.symmetric:
             shapes["zero"] = (groups, torch.uint8)
-        got = {name: poisoned(*of) for name, of in shapes.items()}
+        got = {name: poisoned(*of, place) for name, of in shapes.items()}
         want = {name: poisoned(*of) for name, of in shapes.items()}
-        quantize.fn(w, p, spec, got)
+        quantize.fn(w.to(place), params(w.to(place), spec, i), spec, got)
         reference._quantize(w, p, spec, want)
-        assert all(same(got[name], want[name]) for name in want), (spec, w.dtype, i)
-        out, truth = poisoned(tuple(w.shape), w.dtype), torch.empty_like(w)
-        dequantize.fn(want, spec, out)
+        assert all(same(got[name].cpu(), want[name]) for name in want), (spec, w.dtype, i)
+        out, truth = poisoned(tuple(w.shape), w.dtype, place), torch.empty_like(w)
+        dequantize.fn(moved(want, place), spec, out)
         reference._dequantize(want, spec, truth)
-        assert same(out, truth), (spec, w.dtype, i)
+        assert same(out.cpu(), truth), (spec, w.dtype, i)
 
 
 @each("quantize_act")
-def test_quantize_act(quantize_act: Kernel, isa: str) -> None:
-    for i, (spec, x) in enumerate(tried(quantize_act)):
+def test_quantize_act(quantize_act: Kernel, place: torch.device) -> None:
+    for i, (spec, x) in enumerate(tried(quantize_act, place)):
         want = codec.quantize_act(x, spec.group, None)
-        assert all(map(same, quantize_act.fn(x, spec.group, None), want)), (spec, x.dtype, i)
+        got = quantize_act.fn(x.to(place), spec.group, None)
+        assert all(same(a.cpu(), b) for a, b in zip(got, want, strict=True)), (spec, x.dtype, i)
         given = want[1] * 0.7  # clips
-        codes, scale = quantize_act.fn(x, spec.group, given)
-        assert same(codes, codec.quantize_act(x, spec.group, given)[0]), (spec, x.dtype, i)
-        assert same(scale, given)
+        codes, scale = quantize_act.fn(x.to(place), spec.group, given.to(place))
+        assert same(codes.cpu(), codec.quantize_act(x, spec.group, given)[0]), (spec, x.dtype, i)
+        assert same(scale.cpu(), given)
 
 
 @each("pack", "unpack")
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "plain"])
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_pack_unpack(bits: int, layout: str, pack: Kernel, unpack: Kernel, isa: str) -> None:
+def test_pack_unpack(
+    bits: int, layout: str, pack: Kernel, unpack: Kernel, place: torch.device
+) -> None:
     for spec in (hal.Spec(f"s{bits}", 32), hal.Spec(f"u{bits}", 96, zero="int")):
         for n, k in ((32, 96), (64, 288)):
             if LAYOUTS[layout].fits(spec, n, k):
                 continue
             plain = quantized(weights(n, k, bits), spec).parts
             want = LAYOUTS[layout].pack(plain, spec)
-            got = pack.fn(plain, spec, (n, k), layout)
+            got = pack.fn(moved(plain, place), spec, (n, k), layout)
             assert got.keys() == want.keys()
-            assert all(same(got[name], want[name]) for name in want), spec
-            back = unpack.fn(want, spec, (n, k), layout)
-            assert all(same(back[name], plain[name]) for name in plain), spec
+            assert all(same(got[name].cpu(), want[name]) for name in want), spec
+            back = unpack.fn(moved(want, place), spec, (n, k), layout)
+            assert all(same(back[name].cpu(), plain[name]) for name in plain), spec
 
 
 GEMM_SHAPES = [(1, 1), (33, 1), (65, 90), (70, 256), (128, 512), (3, 300), (192, 640)]
@@ -170,30 +197,29 @@ PRODUCTS = product_cases()
 @each("qgemm")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_qgemm(
-    qgemm: Kernel, isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    qgemm: Kernel, place: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HAL_KERNEL", qgemm.name.split(".")[0] + ".qgemm*")
-    native = qgemm.name.startswith(cpu.NAME)
-    rows = (1, 2, 3, 4, 5, 17, 101) if native else (1, 5, 70)
-    for i, q in enumerate(PRODUCTS if native else PRODUCTS[FLOATS.index(dtype) :: 3]):
+    slow, caps = interpreted(qgemm, place), devices.caps(place)
+    rows = (1, 5, 70) if slow else (1, 2, 3, 4, 5, 17, 101)
+    for i, q in enumerate(PRODUCTS[FLOATS.index(dtype) :: 3] if slow else PRODUCTS):
         w = hal.dequantize(q, dtype=torch.float32).double()
-        ready = hal.prepare(q, dtype=dtype)
-        for m in (*rows[i % 2 :: 2], *[600] * (i % 6 == 0 and (native or not i))):
-            caps = device.caps(q.device)
+        ready = hal.prepare(q, dtype=dtype, device=place)
+        for m in (*rows[i % 2 :: 2], *[600] * (i % 6 == 0 and not (slow and i))):
             if qgemm.when(Case("qgemm", q.spec, dtype, *q.shape, caps, m=bucket(m))):
                 continue
             x = weights(m, q.shape[1], m).to(dtype)
             bias = torch.randn(q.shape[0]).to(FLOATS[i % 3]) if i % 3 else None
-            out = poisoned((m, q.shape[0]), dtype)
-            qgemm.fn(x, ready, bias, out)
+            out = poisoned((m, q.shape[0]), dtype, place)
+            qgemm.fn(x.to(place), ready, None if bias is None else bias.to(place), out)
             want = x.double() @ w.T + (0 if bias is None else bias.double())
-            assert relative_error(out, want) < TOLERANCE[dtype], (q.spec, q.shape, m)
+            assert relative_error(out.cpu(), want) < TOLERANCE[dtype], (q.spec, q.shape, m)
 
 
 @each("qgemm_grouped")
 @pytest.mark.parametrize("rows_of_expert", [64, 40])
 def test_products_of_experts(
-    qgemm_grouped: Kernel, isa: str, rows_of_expert: int, monkeypatch: pytest.MonkeyPatch
+    qgemm_grouped: Kernel, place: torch.device, rows_of_expert: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HAL_KERNEL", qgemm_grouped.name.split(".")[0] + ".qgemm*")
     spec, experts, k = hal.Spec.parse("u3:g32:f16:int"), 4, 96
@@ -202,13 +228,15 @@ def test_products_of_experts(
     dense = hal.dequantize(q, dtype=torch.float32).double().view(experts, rows_of_expert, k)
     ends = [0, 5, 5, 42, 43]  # the second expert gets nothing, the third more than a tile
     for dtype in FLOATS:
-        x, ready = weights(43, k, 2).to(dtype), hal.prepare(q, dtype=dtype)
-        caps = device.caps(q.device)
+        x, ready = weights(43, k, 2).to(dtype), hal.prepare(q, dtype=dtype, device=place)
+        caps = devices.caps(place)
         case = Case("qgemm_grouped", spec, dtype, *q.shape, caps, m=bucket(43), experts=experts)
         if qgemm_grouped.when(case):
             continue
-        out = poisoned((43, rows_of_expert), dtype)
-        qgemm_grouped.fn(x, ready, torch.tensor(ends, dtype=torch.int32), out)
+        out = poisoned((43, rows_of_expert), dtype, place)
+        offsets = torch.tensor(ends, dtype=torch.int32, device=place)
+        qgemm_grouped.fn(x.to(place), ready, offsets, out)
+        out = out.cpu()
         for e in range(experts):
             own = slice(ends[e], ends[e + 1])
             assert relative_error(out[own], x[own].double() @ dense[e].T) < TOLERANCE[dtype]
@@ -392,5 +420,5 @@ def test_a_weight_keeps_its_tensors_alive() -> None:
 def test_every_device_passes_its_own_check() -> None:
     from hal.testing import check
 
-    for found in device.devices():
+    for found in devices.devices():
         assert [what for what, right in check(found.torch) if not right] == []
