@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autoround.chains import Digests, Spool
 from autoround.events import BlockFailed, Event, Planned
 from autoround.plan import Layer, ModelPlan
 from autoround.recipe import Recipe
@@ -29,7 +30,7 @@ from autoround.version import VERSION
 
 #: Samples of the inputs that are kept.
 SAMPLES = 4
-BLOCK, INPUTS, FACTS = "block.safetensors", "inputs.pt", "failure.json"
+BLOCK, FACTS = "block.safetensors", "failure.json"
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "accelerate")
 SCRIPT = f'''"""Repeats the block that failed: python reproduce.py, with autoround {VERSION}."""
 
@@ -87,9 +88,9 @@ class Recorder:
                 "tensors": scene.statistics,
             }
         where = _directory(output)
-        (where / FACTS).write_text(json.dumps(facts, indent=1, default=str) + "\n")
         if scene is not None and self._plan is not None:
-            _write_block(scene, self._plan.contents.home, where)
+            facts["inputs"] = _write_block(scene, self._plan.contents.home, where)
+        (where / FACTS).write_text(json.dumps(facts, indent=1, default=str) + "\n")
         return where
 
 
@@ -228,15 +229,19 @@ def _layer(layer: Layer, block: str) -> dict[str, Any]:
     }
 
 
-def _write_block(scene: _Scene, home: Path, where: Path) -> None:
-    """The block's tensors, its inputs, and the script. A disk that is full leaves the facts."""
+def _write_block(scene: _Scene, home: Path, where: Path) -> dict[str, Any] | None:
+    """The block's tensors, its inputs, and the script; where the inputs are. A disk that is full
+    leaves the facts."""
     from safetensors.torch import save_file
 
     try:
         save_file({k: t.cpu().contiguous().clone() for k, t in scene.state.items()}, where / BLOCK)
-        torch.save(scene.chains, where / INPUTS)
+        spool = Spool(where, Digests())
+        spool.add({0: scene.chains})
         shutil.copyfile(home / "config.json", where / "config.json")
         (where / "reproduce.py").write_text(SCRIPT)
+        return {"file": spool.close(), "tree": spool.trees[0]}
     except (OSError, RuntimeError):
-        for name in (BLOCK, INPUTS):
-            (where / name).unlink(missing_ok=True)
+        for path in (where / BLOCK, *where.glob("*chains*")):
+            path.unlink(missing_ok=True)
+        return None

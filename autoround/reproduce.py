@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 import hal
+from autoround import chains
 from autoround.engine import held_out, stages_of
-from autoround.failure import BLOCK, FACTS, INPUTS
+from autoround.failure import BLOCK, FACTS
 from autoround.models import Call, Samples, compat, find_blocks
 from autoround.models.survey import WeightView
 from autoround.recipe import Recipe
@@ -26,7 +27,8 @@ def reproduce(directory: Path, *, trust_remote_code: bool = False) -> dict[str, 
     facts = json.loads((directory / FACTS).read_text())
     block, recipe = facts["block"], Recipe(**_tuples(facts["recipe"]))
     state = load_file(directory / BLOCK)
-    chains = torch.load(directory / INPUTS, weights_only=True)
+    kept = facts["inputs"]
+    inputs = chains.read(directory / kept["file"], {0: kept["tree"]}, torch.empty(0).device)[0]
     config = compat.load_config(str(directory), trust_remote_code)
     dtype = next(t.dtype for t in state.values() if t.is_floating_point())
     model: Any = compat.skeleton(config, dtype, trust_remote_code)
@@ -40,7 +42,7 @@ def reproduce(directory: Path, *, trust_remote_code: bool = False) -> dict[str, 
         return torch.autocast(kind, torch.bfloat16, dtype == torch.float32)
 
     task = BlockTask(block["index"], module, layers, computing)
-    floats, quants = (_samples(chains[name]) for name in ("float", "quantized"))
+    floats, quants = (_samples(inputs[name]) for name in ("float", "quantized"))
     task.x, task.floats = quants, floats
     if recipe.calibrates:
         with torch.no_grad():
