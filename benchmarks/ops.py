@@ -26,7 +26,6 @@ from torch.nn import functional as F
 import hal
 from benchmarks._peer import ABSENT, Peer, installed
 from hal.backends import cpu
-from hal.memory import host
 
 #: A run may return its own seconds, measured where it happened.
 Run = Callable[[], object]
@@ -148,14 +147,6 @@ def dense(w: Tensor) -> Torch:
     return run
 
 
-def copies_of(ready: hal.Weight, count: int) -> list[hal.Weight]:
-    def clone() -> hal.Weight:
-        parts = {name: host(t.shape, t.dtype).copy_(t) for name, t in ready.parts.items()}
-        return dataclasses.replace(ready, parts=parts, handle=None)
-
-    return [clone() for _ in range(count)]
-
-
 def products(options: argparse.Namespace) -> list[Row]:
     """Every shape, spec, place, m and number of threads."""
     rows = []
@@ -195,8 +186,9 @@ def products_of(
         spec = hal.Spec.parse(text)
         q = hal.quantize(w, hal.search(w, spec), spec)
         act = hal.Act("s8", spec.group) if options.fast else None
-        ready = hal.prepare(q, dtype=torch.bfloat16, act=act)
-        pool = copies_of(ready, max(1, size // ready.nbytes))
+        pool = [hal.prepare(q, dtype=torch.bfloat16, act=act)]
+        for _ in range(size // pool[0].nbytes - 1):
+            pool.append(hal.prepare(q, dtype=torch.bfloat16, act=act))
         others = (max(1, size // (n * k * 2)), few)
         torches = (linear, four, others)
         bench = Bench(text, shape, place, pool, *torches, found, options.seconds)

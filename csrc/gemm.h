@@ -21,74 +21,84 @@ const int MR = 2, NV = 1;
 const int64_t CHUNK = 64;   // inputs decoded at once: 16 KB of f32
 const int64_t M_BLOCK = 128;  // rows per pass over a tile: their sums take 32 KB
 
-// The step of 8 inputs a kilobyte ahead: as far as one core sees to it that loads of the L3 overlap; at
-// 4 KB products were 5 to 40 % slower.
+// The step of 8 inputs a kilobyte ahead: as far as one core sees to it that loads of the L3 overlap, where
+// the L1 holds more than the weight.
 template <int B>
 HAL_INLINE void prefetch_step(const uint8_t* in) {
 #pragma GCC unroll 8
   for (int i = 0; i < B; i++) __builtin_prefetch(in + 1024 + 64 * i);
 }
 
+// Where it holds nothing else: 2 KB ahead to the L1, 4 KB ahead to the L2. The L1 has room for few lines on
+// their way from memory, the L2 for three times as many: without the second 4 bits from memory were read at
+// .94 of the probe on one thread instead of 1.03, and at .85 on two instead of .96.
+template <int B>
+HAL_INLINE void prefetch_far(const uint8_t* in) {
+#pragma GCC unroll 8
+  for (int i = 0; i < B; i++) {
+    __builtin_prefetch(in + 2048 + 64 * i);
+    __builtin_prefetch(in + 4096 + 64 * i, 0, 2);
+  }
+}
+
 // ---- decoding one block: 16 columns x 8 inputs
 
 #if HAL_LEVEL >= HAL_LEVEL_AVX512VNNI
 
-// Half a block: 64 codes as a stream to one a byte. Qword i of the stream holds 8 codes in its B
-// bytes: vpermb brings them there, vpmultishiftqb moves code j to byte j. Bytes past the B are read
-// as something and never looked at.
+// A piece of a step (`Piece`) to one code a byte. Qword i of a stream of bits holds 8 codes in B bytes:
+// vpermb brings them there, vpmultishiftqb moves code j to byte j. The last piece is read from its end, so
+// that no load leaves the step; one with a mask would cost an operation of its own.
+template <int B>
 struct Unpack {
   __m512i where, shift, mask;
-  __mmask64 bytes;
+
+  HAL_MEMBER Unpack() {
+    const __m512i byte = _mm512_set1_epi64(0x0706050403020100);
+    const __m512i qword = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m512i size = _mm512_set1_epi64(B * 0x0101010101010101);
+    where = _mm512_add_epi8(_mm512_mullo_epi64(qword, size), byte);
+    shift = _mm512_mullo_epi64(byte, _mm512_set1_epi64(B));
+    mask = _mm512_set1_epi8((char)((1 << B) - 1));
+  }
+
+  HAL_MEMBER __m512i piece(const uint8_t* step, int i) const {
+    const int at = Piece<B>::bytes(i), last = (int)step_bytes(B) - 64, from = at < last ? at : last;
+    __m512i x = _mm512_loadu_si512(step + from);
+    if (B == 8) return x;
+    if (Piece<B>::fields) {
+      if (Piece<B>::shift(i)) x = _mm512_srli_epi16(x, (unsigned)Piece<B>::shift(i));
+    } else {
+      const __m512i moved = _mm512_add_epi8(where, _mm512_set1_epi8((char)(at - from)));
+      x = _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(at == from ? where : moved, x));
+    }
+    return _mm512_and_si512(x, mask);
+  }
 };
 
-HAL_INLINE Unpack unpack_of(int bits) {
-  const __m512i step = _mm512_set1_epi64(0x0706050403020100);
-  const __m512i qword = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
-  const __m512i size = _mm512_set1_epi64(bits * 0x0101010101010101);
-  return {_mm512_add_epi8(_mm512_mullo_epi64(qword, size), step),
-          _mm512_mullo_epi64(step, _mm512_set1_epi64(bits)),
-          _mm512_set1_epi8((char)((1 << bits) - 1)), bits == 8 ? ~0ull : (1ull << 8 * bits) - 1};
-}
-
-HAL_INLINE __m512i unpack(const Unpack& u, const uint8_t* in) {
-  const __m512i x = _mm512_permutexvar_epi8(u.where, _mm512_maskz_loadu_epi8(u.bytes, in));
-  return _mm512_and_si512(_mm512_multishift_epi64_epi8(u.shift, x), u.mask);
-}
-
 #endif
 
-// lanes[h][c]: inputs 4h .. 4h + 3 of column c, one a byte.
-HAL_INLINE void block_lanes(const uint8_t* in, int bits, uint32_t lanes[2][16]) {
-  if (bits == 4) {
-    for (int i = 0; i < 16; i++) {
-      uint32_t x;
-      __builtin_memcpy(&x, in + 4 * i, 4);
-      lanes[0][i] = x & 0x0f0f0f0f;
-      lanes[1][i] = x >> 4 & 0x0f0f0f0f;
-    }
-    return;
-  }
-  if (bits == 8) {
-    __builtin_memcpy(lanes, in, 128);
-    return;
-  }
-#if HAL_LEVEL >= HAL_LEVEL_AVX512VNNI
-  const Unpack u = unpack_of(bits);
-  for (int h = 0; h < 2; h++) _mm512_storeu_si512(lanes[h], unpack(u, in + h * 8 * bits));
-#else
+// lanes[h][c]: inputs 4h .. 4h + 3 of column c of block v, one a byte.
+template <int B>
+HAL_INLINE void block_lanes(const uint8_t* step, int v, uint32_t lanes[2][16]) {
   for (int h = 0; h < 2; h++) {
+    const uint8_t* in = step + Piece<B>::bytes(2 * v + h);
+#if HAL_LEVEL >= HAL_LEVEL_AVX512VNNI
+    if (!Piece<B>::fields) {
+      _mm512_storeu_si512(lanes[h], Unpack<B>().piece(step, 2 * v + h));
+      continue;
+    }
+#endif
     for (int i = 0; i < 8; i++) {
       uint64_t x = 0;
-      __builtin_memcpy(&x, in + (8 * h + i) * bits, bits);
-#if HAL_LEVEL >= HAL_LEVEL_AVX2
-      x = _pdep_u64(x, ((1ull << bits) - 1) * 0x0101010101010101);
-#else
-      x = spread(x, bits);
-#endif
+      if (Piece<B>::fields) {
+        x = load_u64(in + 8 * i) >> Piece<B>::shift(2 * v + h) & every_byte((1 << B) - 1);
+      } else {
+        __builtin_memcpy(&x, in + i * B, B);
+        x = apart<B>(x);
+      }
       __builtin_memcpy(lanes[h] + 2 * i, &x, 8);
     }
   }
-#endif
 }
 
 // Byte j of every lane as a number.
@@ -120,13 +130,14 @@ HAL_INLINE vf scale_of(const HalTiles& w, int64_t tile, int64_t g, int v) {
 }
 
 // `inputs` (a multiple of 8) of a tile from padded input k, as code - zero: t[k][64].
-HAL_INLINE void decode_f32(const HalTiles& w, int64_t tile, int64_t g, int64_t k, int64_t inputs,
+template <int B>
+static void decode_f32(const HalTiles& w, int64_t tile, int64_t g, int64_t k, int64_t inputs,
                            float* t) {
   const uint8_t* in = tile_codes(w, tile, k);
-  for (int64_t i = 0; i < inputs; i += 8) {
-    for (int v = 0; v < 4; v++, in += block_bytes(w.s.bits)) {
+  for (int64_t i = 0; i < inputs; i += 8, in += step_bytes(B)) {
+    for (int v = 0; v < 4; v++) {
       uint32_t lanes[2][16];
-      block_lanes(in, w.s.bits, lanes);
+      block_lanes<B>(in, v, lanes);
       const vf zero = zero_of(w, tile, g, v);
       for (int j = 0; j < 8; j++) {
         store<HAL_F32>(t + (i + j) * TILE + 16 * v, sub(byte_of(lanes[j / 4], j % 4), zero));
@@ -189,7 +200,7 @@ static void block_f32(const HalGemm& a, int64_t tile, int64_t row, int64_t rows,
     for (int v = 0; v < 4; v++) store<HAL_F32>(scales + 16 * v, scale_of(w, tile, g, v));
     for (int64_t i = 0; i < inputs; i += CHUNK) {
       const int64_t n = inputs - i < CHUNK ? inputs - i : CHUNK;
-      decode_f32(w, tile, g, start + i, n, t);
+      by_bits(w.s.bits, [&](auto bits) { decode_f32<decltype(bits)::value>(w, tile, g, start + i, n, t); });
       const float* x = (const float*)a.prepared + row * w.kp + start + i;
       each_rows(rows, [&](auto r, int64_t m) __attribute__((always_inline)) {
         multiply_f32<decltype(r)::value>(x + m * w.kp, w.kp, t, n, scales, sums + m * TILE);

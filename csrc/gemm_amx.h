@@ -94,9 +94,9 @@ struct DigitTiles {
   static const int ROWS = 16 / P, BUFFERS = 2, COLUMN = 2 * X_CHUNK / 8;  // vectors of a column
   const HalTiles& w;
   Digits x;
-  Unpack u;
+  Unpack<B> u;
 
-  explicit DigitTiles(const HalGemm& a) : w(a.w), x(digits_in<TileDigits>(a)), u(unpack_of(B)) {}
+  explicit DigitTiles(const HalGemm& a) : w(a.w), x(digits_in<TileDigits>(a)) {}
 
   static int64_t count(int64_t inputs) { return TileDigits::count(inputs); }
   const char* operands(const HalGemm& a, int64_t r, const Chunk& c) const {
@@ -111,21 +111,14 @@ struct DigitTiles {
   // behind the last one meets zeros in x.
   HAL_MEMBER void unpack_steps(const uint8_t* in, int64_t from, int64_t to, int64_t steps,
                                __m512i* t) const {
-    const __m512i nibble = _mm512_set1_epi8(15);
-    in += from * 64 * B;
-    for (int64_t i = from; i < to; i++, in += 64 * B) {
+    in += from * step_bytes(B);
+    for (int64_t i = from; i < to; i++, in += step_bytes(B)) {
       prefetch_step<B>(in);
 #pragma GCC unroll 4
       for (int v = 0; v < 4; v++) {
         __m512i* out = t + COLUMN * v + i;
-        if (B == 4) {
-          const __m512i c = _mm512_loadu_si512(in + 64 * v);
-          out[0] = _mm512_and_si512(c, nibble);
-          out[steps] = _mm512_and_si512(_mm512_srli_epi16(c, 4), nibble);
-        } else {
-          out[0] = unpack(u, in + 2 * v * 8 * B);
-          out[steps] = unpack(u, in + (2 * v + 1) * 8 * B);
-        }
+        out[0] = u.piece(in, 2 * v);
+        out[steps] = u.piece(in, 2 * v + 1);
       }
     }
   }
@@ -196,12 +189,12 @@ struct Bf16Tiles {
   const uint16_t* x;
   const float* xsum;
   int64_t size, m;
-  Unpack u;
+  Unpack<B> u;
   __m512i table, center;
 
   explicit Bf16Tiles(const HalGemm& a)
       : w(a.w), x(piece<TileX>(a, 0)), xsum(chunk_sums<TileX>(a)), size(TileX::size(a)),
-        m(a.m), u(unpack_of(B)), table(small_table(a.w)),
+        m(a.m), table(small_table(a.w)),
         center(_mm512_set1_epi16(a.w.zero ? 0 : 1 << (B - 1))) {}
 
   static int64_t count(int64_t inputs) { return TileX::count(inputs); }
@@ -217,27 +210,22 @@ struct Bf16Tiles {
   // Steps of a chunk as pairs in the order of prepared x, zeros behind the last.
   HAL_MEMBER void unpack_steps(const uint8_t* in, int64_t from, int64_t to, int64_t steps,
                                __m512i* t) const {
-    in += from * 64 * B;
+    in += from * step_bytes(B);
     const __m512i byte = _mm512_set1_epi16(255);
-    for (int64_t i = from; i < to; i++, in += 64 * B) {
+    for (int64_t i = from; i < to; i++, in += step_bytes(B)) {
       prefetch_step<B>(in);
 #pragma GCC unroll 4
       for (int v = 0; v < 4; v++) {
         __m512i* out = t + COLUMN * v + 4 * i;
-        if (B == 4) {
-          const __m512i c = _mm512_loadu_si512(in + 64 * v);
-          out[0] = _mm512_permutexvar_epi16(c, table);
-          out[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(c, 4), table);
-          out[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(c, 8), table);
-          out[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(c, 12), table);
-          continue;
-        }
 #pragma GCC unroll 2
         for (int h = 0; h < 2; h++) {
-          const __m512i c = unpack(u, in + (2 * v + h) * 8 * B);
-          const __m512i odd = _mm512_srli_epi16(c, 8);
-          out[h] = B < 6 ? _mm512_permutexvar_epi16(c, table) : bf16_of(_mm512_and_si512(c, byte), center);
-          out[2 + h] = B < 6 ? _mm512_permutexvar_epi16(odd, table) : bf16_of(odd, center);
+          if (B < 6) {
+            table_pairs(u, in, 2 * v + h, table, out + h, out + 2 + h);
+            continue;
+          }
+          const __m512i c = u.piece(in, 2 * v + h);
+          out[h] = bf16_of(_mm512_and_si512(c, byte), center);
+          out[2 + h] = bf16_of(_mm512_srli_epi16(c, 8), center);
         }
       }
     }

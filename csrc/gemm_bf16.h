@@ -94,16 +94,32 @@ HAL_INLINE vf dot(vf acc, __m512i w, __m512i x) {
   return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x);
 }
 
-// bf16(i - center) for i = 0 .. 31. vpermw looks at the low five bits of a lane; with four-bit codes
-// the fifth belongs to a neighbour, so the table repeats after 16.
+// bf16(i - center) for i = 0 .. 31. vpermw looks at the low five bits of a lane; in 2 and 4 bits the upper
+// ones belong to neighbours, so the table repeats.
 HAL_INLINE __m512i small_table(const HalTiles& w) {
   const float center = w.zero ? 0.0f : (float)(1 << (w.s.bits - 1));
   uint16_t table[32];
   for (int i = 0; i < 32; i++) {
-    const float x = (float)(w.s.bits == 4 ? i % 16 : i) - center;
+    const float x = (float)(w.s.bits < 5 && w.s.bits != 3 ? i % (1 << w.s.bits) : i) - center;
     table[i] = (uint16_t)(bits_as<uint32_t>(x) >> 16);
   }
   return _mm512_loadu_si512(table);
+}
+
+// A piece of a step as pairs of bf16 by the table, up to 5 bits: inputs 0 and 2 of its four, then 1 and 3.
+template <int B>
+HAL_INLINE void table_pairs(const Unpack<B>& u, const uint8_t* step, int piece, __m512i table,
+                            __m512i* even, __m512i* odd) {
+  if (Piece<B>::fields) {
+    const unsigned shift = (unsigned)Piece<B>::shift(piece);
+    const __m512i x = _mm512_loadu_si512(step + Piece<B>::bytes(piece));
+    *even = _mm512_permutexvar_epi16(_mm512_srli_epi16(x, shift), table);
+    *odd = _mm512_permutexvar_epi16(_mm512_srli_epi16(x, 8 + shift), table);
+    return;
+  }
+  const __m512i x = u.piece(step, piece);
+  *even = _mm512_permutexvar_epi16(_mm512_and_si512(x, _mm512_set1_epi16(255)), table);
+  *odd = _mm512_permutexvar_epi16(_mm512_srli_epi16(x, 8), table);
 }
 
 // One row: sums += scale * (acc - zero * sum(x)); xsum null = no zero points to take off.
@@ -116,30 +132,20 @@ HAL_INLINE void add_scaled(const Columns& c, const float* xsum, const vf acc[4],
 
 #if HAL_LEVEL == HAL_LEVEL_AVX512VNNI
 
-// One block as bf16 pairs in the order of prepared x: out[p] = 16 columns.
-HAL_INLINE void decode_block_bf16(const uint8_t* in, int bits, __m512i table, float center,
-                                  __m512i out[4]) {
-  if (bits == 4) {
-    const __m512i codes = _mm512_loadu_si512(in);
-    out[0] = _mm512_permutexvar_epi16(codes, table);
-    out[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), table);
-    out[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 8), table);
-    out[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 12), table);
-    return;
-  }
-  uint32_t lanes[2][16];
-  block_lanes(in, bits, lanes);
+// Block v of a step as bf16 pairs in the order of prepared x: out[p] = 16 columns.
+template <int B>
+HAL_INLINE void decode_block_bf16(const Unpack<B>& u, const uint8_t* step, int v, __m512i table,
+                                  float center, __m512i out[4]) {
   for (int h = 0; h < 2; h++) {
-    if (bits < 6) {
-      const __m512i codes = _mm512_loadu_si512(lanes[h]);
-      const __m512i even = _mm512_and_si512(codes, _mm512_set1_epi16(255));
-      out[h] = _mm512_permutexvar_epi16(even, table);
-      out[2 + h] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 8), table);
+    if (B < 6) {
+      table_pairs(u, step, 2 * v + h, table, out + h, out + 2 + h);
       continue;
     }
+    uint32_t lanes[16];
+    _mm512_storeu_si512(lanes, u.piece(step, 2 * v + h));
     __m512i x[4];  // small integers: their low 16 bits are zero
     for (int j = 0; j < 4; j++) {
-      x[j] = _mm512_castps_si512(sub(byte_of(lanes[h], j), set1(center)));
+      x[j] = _mm512_castps_si512(sub(byte_of(lanes, j), set1(center)));
     }
     out[h] = _mm512_or_si512(_mm512_srli_epi32(x[0], 16), x[2]);
     out[2 + h] = _mm512_or_si512(_mm512_srli_epi32(x[1], 16), x[3]);
@@ -147,13 +153,16 @@ HAL_INLINE void decode_block_bf16(const uint8_t* in, int bits, __m512i table, fl
 }
 
 // A chunk of a tile as pairs t[pair][64].
-HAL_INLINE void decode_bf16(const HalTiles& w, const uint8_t* in, int64_t inputs, __m512i table,
+template <int B>
+static void decode_bf16(const HalTiles& w, const uint8_t* in, int64_t inputs, __m512i table,
                             __m512i* t) {
   const float center = w.zero ? 0.0f : (float)(1 << (w.s.bits - 1));
-  for (int64_t pair = 0; pair < inputs / 2; pair += 4) {
-    for (int v = 0; v < 4; v++, in += block_bytes(w.s.bits)) {
+  const Unpack<B> u;
+  for (int64_t pair = 0; pair < inputs / 2; pair += 4, in += step_bytes(B)) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; v++) {
       __m512i block[4];
-      decode_block_bf16(in, w.s.bits, table, center, block);
+      decode_block_bf16<B>(u, in, v, table, center, block);
       for (int p = 0; p < 4; p++) t[(pair + p) * 4 + v] = block[p];
     }
   }
@@ -183,7 +192,7 @@ static void block_bf16(const HalGemm& a, int64_t tile, int64_t row, int64_t rows
   __m512i t[X_CHUNK / 2 * 4];
   const uint8_t* in = tile_codes(w, tile, 0);
   for (Chunk c = first_chunk(w, 0); c.n; in += c.n * 8 * w.s.bits, c = next_chunk(w, c)) {
-    decode_bf16(w, in, c.n, table, t);
+    by_bits(w.s.bits, [&](auto bits) { decode_bf16<decltype(bits)::value>(w, in, c.n, table, t); });
     const float* xsum = w.zero ? chunk_sums<RowX>(a) + c.index * a.m + row : nullptr;
     const uint16_t* x = piece<RowX>(a, 0) + RowX::at(a, row, c, 0);
     const Columns columns = columns_of(w, tile, c.g);

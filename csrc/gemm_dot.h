@@ -25,8 +25,9 @@ typedef __m256i Quarter;  // 32 bytes: 4 inputs of 8 columns
 const int QUARTERS = 2;   // of 16 columns
 
 HAL_INLINE Quarter load_bytes(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
-HAL_INLINE Quarter nibbles(Quarter x, int high) {
-  return _mm256_and_si256(high ? _mm256_srli_epi16(x, 4) : x, _mm256_set1_epi8(15));
+template <int B>
+HAL_INLINE Quarter field(Quarter x, int shift) {
+  return B == 8 ? x : _mm256_and_si256(_mm256_srli_epi16(x, shift), _mm256_set1_epi8((1 << B) - 1));
 }
 HAL_INLINE Quarter broadcast(int32_t four) { return _mm256_set1_epi32(four); }
 
@@ -59,8 +60,8 @@ HAL_INLINE void dot(Sum& s, Quarter codes, Quarter x) {
     s.pairs = _mm256_add_epi16(s.pairs, _mm256_maddubs_epi16(codes, x));
     return;
   }
-  const __m256i low = _mm256_maddubs_epi16(nibbles(codes, 0), x);
-  const __m256i high = _mm256_maddubs_epi16(nibbles(codes, 1), x);
+  const __m256i low = _mm256_maddubs_epi16(field<4>(codes, 0), x);
+  const __m256i high = _mm256_maddubs_epi16(field<4>(codes, 4), x);
   s.whole = _mm256_add_epi32(s.whole, _mm256_madd_epi16(low, _mm256_set1_epi16(1)));
   s.whole = _mm256_add_epi32(s.whole, _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
 }
@@ -85,8 +86,9 @@ template <int B>
 const int BEFORE_FLUSH = 1 << 20;
 
 HAL_INLINE Quarter load_bytes(const uint8_t* p) { return vld1q_u8(p); }
-HAL_INLINE Quarter nibbles(Quarter x, int high) {
-  return high ? vshrq_n_u8(x, 4) : vandq_u8(x, vdupq_n_u8(15));
+template <int B>
+HAL_INLINE Quarter field(Quarter x, int shift) {
+  return B == 8 ? x : vandq_u8(vshlq_u8(x, vdupq_n_s8((int8_t)-shift)), vdupq_n_u8((1 << B) - 1));
 }
 HAL_INLINE Quarter broadcast(int32_t four) { return vreinterpretq_u8_s32(vdupq_n_s32(four)); }
 
@@ -115,25 +117,22 @@ HAL_INLINE int32_t taken_off() {
 #endif
 }
 
-// Half h (4 inputs) of a block of 16 columns.
+// Four inputs of 16 columns: a piece of a step (`Piece`).
 template <int B>
-HAL_INLINE void load_half(const uint8_t* block, int h, Quarter q[QUARTERS]) {
+HAL_INLINE void load_piece(const uint8_t* step, int piece, Quarter q[QUARTERS]) {
   const int size = 64 / QUARTERS;
-  if (B == 4 || B == 8) {
-    for (int i = 0; i < QUARTERS; i++) {
-      const Quarter x = load_bytes(block + (B == 8 ? 64 * h : 0) + size * i);
-      q[i] = B == 4 ? nibbles(x, h) : x;
-    }
-    return;
-  }
+  const uint8_t* in = step + Piece<B>::bytes(piece);
   uint8_t bytes[64];
-  for (int i = 0; i < 8; i++) {
+  for (int i = 0; i < 8 && !Piece<B>::fields; i++) {
     uint64_t x = 0;
-    __builtin_memcpy(&x, block + (8 * h + i) * B, B);
+    __builtin_memcpy(&x, in + i * B, B);
     x = apart<B>(x);
     __builtin_memcpy(bytes + 8 * i, &x, 8);
   }
-  for (int i = 0; i < QUARTERS; i++) q[i] = load_bytes(bytes + size * i);
+  for (int i = 0; i < QUARTERS; i++) {
+    q[i] = Piece<B>::fields ? field<B>(load_bytes(in + size * i), Piece<B>::shift(piece))
+                            : load_bytes(bytes + size * i);
+  }
 }
 
 // Prepared x: digits s8 [m, P, kp], units f32 [m, groups], sums of digits i32 [m, P, groups].
@@ -205,19 +204,19 @@ static void prepare_dot(const HalGemm& a, int64_t row, int64_t end) {
   });
 }
 
-// Sums of one group: R rows of P digits times 16 columns, dots[row and digit][16].
+// Sums of one group: R rows of P digits times the 16 columns of block v, dots[row and digit][16].
 template <int P, int R, int B>
-HAL_INLINE void dots_of(const uint8_t* in, const int8_t* x, int64_t kp, int64_t inputs,
+HAL_INLINE void dots_of(const uint8_t* in, int v, const int8_t* x, int64_t kp, int64_t inputs,
                         int32_t (*dots)[16]) {
   const int D = R * P;
   Sum sum[D][QUARTERS];
   int left = BEFORE_FLUSH<B>;
-  for (int64_t k = 0; k < inputs; k += 8, in += 64 * B) {
+  for (int64_t k = 0; k < inputs; k += 8, in += step_bytes(B)) {
     __builtin_prefetch(in + 1024);
 #pragma GCC unroll 2
     for (int h = 0; h < 2; h++) {
       Quarter codes[QUARTERS];
-      load_half<B>(in, h, codes);
+      load_piece<B>(in, 2 * v + h, codes);
 #pragma GCC unroll 8
       for (int d = 0; d < D; d++) {
         int32_t four;
@@ -250,8 +249,7 @@ HAL_INLINE void multiply_dot(const HalTiles& w, const Digits& x, int64_t row, in
     const int8_t* digits = x.digits + row * P * w.kp + start;
     for (int v = 0; v < 4; v++) {
       int32_t dots[R * P][16];
-      const uint8_t* in = tile_codes(w, tile, start) + v * block_bytes(B);
-      dots_of<P, R, B>(in, digits, w.kp, inputs, dots);
+      dots_of<P, R, B>(tile_codes(w, tile, start), v, digits, w.kp, inputs, dots);
       float zeros[16];
       store<HAL_F32>(zeros, zero_of(w, tile, g, v));
       const vf scale = scale_of(w, tile, g, v);

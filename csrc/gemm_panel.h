@@ -62,13 +62,13 @@ HAL_INLINE __m512i paired(vf first, vf second) {
 template <int B>
 HAL_INLINE void decode_panel(const HalTiles& w, int64_t tile, int64_t k, int64_t inputs,
                              uint16_t* panel) {
-  const Unpack u = unpack_of(B);
-  const __m512i nibble = _mm512_set1_epi8(15), lane = _mm512_set1_epi32((int)0x80808000);
+  const Unpack<B> u;
+  const __m512i lane = _mm512_set1_epi32((int)0x80808000);
   const int64_t width = padded(w.s.width);
   const uint8_t* in = tile_codes(w, tile, k);
   Columns c = columns_of(w, tile, k / width);
   vf less[4];  // scale * zero point
-  for (int64_t i = 0; i < inputs; i += 8, in += 64 * B) {
+  for (int64_t i = 0; i < inputs; i += 8, in += step_bytes(B)) {
     if (i == 0 || (k + i) % width == 0) {
       c = columns_of(w, tile, (k + i) / width);
       for (int v = 0; v < 4; v++) {
@@ -82,13 +82,7 @@ HAL_INLINE void decode_panel(const HalTiles& w, int64_t tile, int64_t k, int64_t
       uint16_t* out = panel + v * (PANEL_K * 16) + i * 16;
 #pragma GCC unroll 2
       for (int h = 0; h < 2; h++) {
-        __m512i codes;
-        if (B == 4) {
-          codes = _mm512_loadu_si512(in + 64 * v);
-          codes = _mm512_and_si512(h ? _mm512_srli_epi16(codes, 4) : codes, nibble);
-        } else {
-          codes = unpack(u, in + (2 * v + h) * 8 * B);
-        }
+        const __m512i codes = u.piece(in, 2 * v + h);
         vf x[4];
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {

@@ -29,13 +29,7 @@ struct RowDigits {
   static void put(const HalGemm& a, int digits, int64_t r, int p, const Chunk& c, const int8_t* in,
                   int8_t* out) {
     out += (r * digits + p) * a.w.kp + group_start(a.w.s, c.g) + c.i;
-    int64_t i = 0;
-    for (; a.w.s.bits == 2 && i + 16 <= c.n; i += 16) {  // the order of dot_pairs
-      const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-      const __m128i x = _mm_loadu_si128((const __m128i*)(in + i));
-      _mm_storeu_si128((__m128i*)(out + i), _mm_shuffle_epi8(x, order));
-    }
-    __builtin_memcpy(out + i, in + i, (size_t)(c.n - i));
+    __builtin_memcpy(out, in, (size_t)c.n);
   }
 };
 
@@ -149,76 +143,35 @@ HAL_INLINE void dot_s8(__m512i& sum, __m512i codes, __m512i x) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));
 }
 
-// 2 bits, D rows of digits, pairs of steps: 16 inputs. A byte holds four inputs of a column; a shuffle
-// puts four such bytes into its lane. They are multiplied where they stand, the highest first, and a
-// shift of the sums brings them to the unit of the next: two operations on vectors of codes where
-// `unpack` takes three.
-template <int D>
-HAL_INLINE void dot_pairs(const uint8_t* in, const int8_t* x, int64_t kp, int64_t pairs,
-                          __m512i (*acc)[4]) {
-  const __m512i where = _mm512_set_epi32(
-      0x3f2f1f0f, 0x3e2e1e0e, 0x3d2d1d0d, 0x3c2c1c0c, 0x3b2b1b0b, 0x3a2a1a0a, 0x39291909, 0x38281808,
-      0x37271707, 0x36261606, 0x35251505, 0x34241404, 0x33231303, 0x32221202, 0x31211101, 0x30201000);
-  __m512i bytes[X_CHUNK / 16][4];
-  for (int64_t i = 0; i < pairs; i++, in += 256) {
-    prefetch_step<4>(in);
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; v++) {
-      const __m256i low = _mm256_loadu_si256((const __m256i*)(in + 32 * v));
-      const __m256i high = _mm256_loadu_si256((const __m256i*)(in + 128 + 32 * v));
-      bytes[i][v] = _mm512_permutexvar_epi8(where, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
-    }
-  }
-  for (int f = 3; f >= 0; f--) {
-    const __m512i field = _mm512_set1_epi8((char)(3 << 2 * f));
-    for (int d = 0; d < D; d++) {
-      for (int v = 0; v < 4; v++) acc[d][v] = _mm512_srai_epi32(acc[d][v], 2);
-    }
-    for (int64_t i = 0; i < pairs; i++) {
-      __m512i codes[4];
-#pragma GCC unroll 4
-      for (int v = 0; v < 4; v++) codes[v] = _mm512_and_si512(bytes[i][v], field);
-#pragma GCC unroll 8
-      for (int d = 0; d < D; d++) {
-        const __m512i four = four_at(x + d * kp + 16 * i + 4 * f);
-#pragma GCC unroll 4
-        for (int v = 0; v < 4; v++) dot_s8(acc[d][v], codes[v], four);
-      }
-    }
-  }
-}
-
 // R rows of P digits times one tile.
+//
+// In 2 bits two blocks share their bytes, and the codes of the second are multiplied where they stand, 16
+// times as large: a shift of the sums takes that back. One operation on a piece and one on two, not two.
 template <int P, int R, int B>
 HAL_INLINE void multiply_digits(const HalTiles& w, const Digits& x, int64_t row, int64_t tile,
                                 float* sums) {
-  const Unpack u = unpack_of(B);
-  const __m512i nibble = _mm512_set1_epi8(15);
+  const Unpack<B> u;
   const uint8_t* in = tile_codes(w, tile, 0);
-  const int D = R * P, S = D == 1 ? 2 : 1;  // chains a column: more than a dot product's latency
+  const int D = R * P;
+  const int S = D == 1 ? 2 : 1;  // chains a column: more than a dot product's latency
   const int8_t* xc = x.digits + row * P * w.kp;
   for (Chunk c = first_chunk(w, 0); c.n; xc += c.n, c = next_chunk(w, c)) {
     __m512i acc[S][D][4];
     for (int i = 0; i < S * D * 4; i++) acc[i / (D * 4)][i / 4 % D][i % 4] = _mm512_setzero_si512();
-    int64_t k = 0;
-    if (B == 2) {
-      k = c.n / 16 * 16;
-      dot_pairs<D>(in, xc, w.kp, c.n / 16, acc[0]);
-      in += k * 8 * B;
-    }
-    for (; k < c.n; k += 8, in += 64 * B) {
-      prefetch_step<B>(in);
+    for (int64_t k = 0; k < c.n; k += 8, in += step_bytes(B)) {
+      prefetch_far<B>(in);
 #pragma GCC unroll 2
       for (int h = 0; h < 2; h++) {
         __m512i codes[4];
 #pragma GCC unroll 4
         for (int v = 0; v < 4; v++) {
-          if (B != 4) {
-            codes[v] = unpack(u, in + (2 * v + h) * 8 * B);
+          if (B != 2) {
+            codes[v] = u.piece(in, 2 * v + h);
             continue;
           }
-          const __m512i both = _mm512_loadu_si512(in + 64 * v);
-          codes[v] = _mm512_and_si512(h ? _mm512_srli_epi16(both, 4) : both, nibble);
+          const __m512i both = _mm512_loadu_si512(in + v / 2 * 64);
+          codes[v] = _mm512_and_si512(h ? _mm512_srli_epi16(both, 2) : both,
+                                      _mm512_set1_epi8(v % 2 ? 3 << 4 : 3));
         }
 #pragma GCC unroll 8
         for (int d = 0; d < D; d++) {
@@ -236,6 +189,7 @@ HAL_INLINE void multiply_digits(const HalTiles& w, const Digits& x, int64_t row,
         for (int p = 0; p < P; p++) {
           dots[p] = acc[0][r * P + p][v];
           if (S == 2) dots[p] = _mm512_add_epi32(dots[p], acc[S - 1][r * P + p][v]);
+          if (B == 2 && v % 2) dots[p] = _mm512_srai_epi32(dots[p], 4);
         }
         float* out = sums + r * TILE + 16 * v;
         const vf scale = columns.scale[v], zero = columns.zero[v], to = load<HAL_F32>(out);

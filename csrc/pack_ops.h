@@ -13,6 +13,8 @@ HAL_INLINE uint64_t load_u64(const uint8_t* p) {
   return x;
 }
 
+HAL_INLINE uint64_t every_byte(int x) { return (uint64_t)x * 0x0101010101010101; }
+
 // 8 codes, one a byte, to 8 * bits consecutive bits.
 HAL_INLINE uint64_t squeeze(uint64_t x, int bits) {
   x = (x & 0x00ff00ff00ff00ff) | (x & 0xff00ff00ff00ff00) >> (8 - bits);
@@ -33,7 +35,7 @@ HAL_INLINE uint64_t spread(uint64_t x, int bits) {
 template <int B>
 HAL_INLINE uint64_t joined(uint64_t x) {
 #if HAL_LEVEL >= HAL_LEVEL_AVX2
-  return _pext_u64(x, ((1ull << B) - 1) * 0x0101010101010101);
+  return _pext_u64(x, every_byte((1 << B) - 1));
 #else
   return squeeze(x, B);
 #endif
@@ -42,7 +44,7 @@ HAL_INLINE uint64_t joined(uint64_t x) {
 template <int B>
 HAL_INLINE uint64_t apart(uint64_t x) {
 #if HAL_LEVEL >= HAL_LEVEL_AVX2
-  return _pdep_u64(x, ((1ull << B) - 1) * 0x0101010101010101);
+  return _pdep_u64(x, every_byte((1 << B) - 1));
 #else
   return spread(x, B);
 #endif
@@ -251,42 +253,52 @@ HAL_INLINE int64_t padded(int64_t n) { return (n + 7) & ~(int64_t)7; }
 // First padded input of group g.
 HAL_INLINE int64_t group_start(const HalShape& s, int64_t g) { return g * padded(s.width); }
 
-HAL_INLINE int64_t block_bytes(int bits) { return 16 * bits; }
+HAL_INLINE int64_t step_bytes(int bits) { return 64 * bits; }
 
 HAL_INLINE uint8_t* tile_codes(const HalTiles& t, int64_t tile, int64_t k) {
-  return t.codes + (tile * t.kp + k) / 8 * 4 * block_bytes(t.s.bits);
+  return t.codes + (tile * t.kp + k) / 8 * step_bytes(t.s.bits);
 }
 
-// A block is 16 rows x 8 inputs. Four bits: byte 4c + j = inputs j and 4 + j of row c, so that one
-// `and` gives four inputs of every row. Other widths: per half of four inputs, the 64 codes 4c + j as
-// a stream. Packed two rows at a time: a and b hold their 8 codes, one a byte.
+// A step is 64 rows x 8 inputs in eight pieces of 64 codes: piece 2v + h holds inputs 4h .. 4h + 3 of rows
+// 16v .. 16v + 15, code 4c + j that of input 4h + j and row 16v + c. Where B bits divide a byte, the bytes
+// of 64 hold 8 / B pieces, the first lowest, and one `and` gives four inputs of every row; other widths
+// have one dense stream of bits after the other.
 template <int B>
-HAL_INLINE void put_rows(uint8_t* block, int pair, uint64_t a, uint64_t b) {
-  if (B == 4) {
-    const uint64_t x = ((a | a >> 28) & 0xffffffff) | (b | b >> 28) << 32;
-    __builtin_memcpy(block + 8 * pair, &x, 8);
+struct Piece {
+  static const bool fields = 8 % B == 0;
+  static int bytes(int piece) { return fields ? piece / (8 / B) * 64 : piece * 8 * B; }
+  static int shift(int piece) { return fields ? piece % (8 / B) * B : 0; }
+};
+
+// Two rows (2 pair, 2 pair + 1 of block v) at a time: a and b hold their 8 codes, one a byte. Two blocks
+// share bytes in 2 bits; the even one is put first.
+template <int B>
+HAL_INLINE void put_rows(uint8_t* step, int v, int pair, uint64_t a, uint64_t b) {
+  const uint64_t halves[2] = {(a & 0xffffffff) | b << 32, a >> 32 | (b >> 32 << 32)};
+  if (B == 2 || B == 4) {
+    uint8_t* out = step + Piece<B>::bytes(2 * v) + 8 * pair;
+    uint64_t x = (halves[0] | halves[1] << B) << Piece<B>::shift(2 * v);
+    if (Piece<B>::shift(2 * v)) x |= load_u64(out);
+    __builtin_memcpy(out, &x, 8);
     return;
   }
-  const uint64_t halves[2] = {(a & 0xffffffff) | b << 32, a >> 32 | (b >> 32 << 32)};
   for (int h = 0; h < 2; h++) {
     const uint64_t x = joined<B>(halves[h]);
-    __builtin_memcpy(block + (8 * h + pair) * B, &x, B);
+    __builtin_memcpy(step + Piece<B>::bytes(2 * v + h) + pair * B, &x, B);
   }
 }
 
 template <int B>
-HAL_INLINE void get_rows(const uint8_t* block, int pair, uint64_t* a, uint64_t* b) {
+HAL_INLINE void get_rows(const uint8_t* step, int v, int pair, uint64_t* a, uint64_t* b) {
   uint64_t x[2] = {};
-  if (B == 4) {
-    __builtin_memcpy(x, block + 8 * pair, 8);
-    const uint64_t low = x[0] & 0x0f0f0f0f0f0f0f0f, high = x[0] >> 4 & 0x0f0f0f0f0f0f0f0f;
-    *a = (low & 0xffffffff) | high << 32;
-    *b = low >> 32 | (high >> 32 << 32);
-    return;
-  }
   for (int h = 0; h < 2; h++) {
-    __builtin_memcpy(x + h, block + (8 * h + pair) * B, B);
-    x[h] = apart<B>(x[h]);
+    if (B == 2 || B == 4) {
+      x[h] = load_u64(step + Piece<B>::bytes(2 * v) + 8 * pair) >> Piece<B>::shift(2 * v + h);
+      x[h] &= every_byte((1 << B) - 1);
+    } else {
+      __builtin_memcpy(x + h, step + Piece<B>::bytes(2 * v + h) + pair * B, B);
+      x[h] = apart<B>(x[h]);
+    }
   }
   *a = (x[0] & 0xffffffff) | x[1] << 32;
   *b = x[0] >> 32 | (x[1] >> 32 << 32);
@@ -307,7 +319,7 @@ HAL_INLINE void put_codes(uint8_t* p, int64_t n, uint64_t x) {
   for (int64_t i = 0; i < n; i++) p[i] = (uint8_t)(x >> 8 * i);
 }
 
-// Calls body(block, pair of rows in it, code of the first, code of the second, inputs); codes are
+// Calls body(step, block, pair of rows in it, code of the first, code of the second, inputs); codes are
 // null past the last row. A pair of rows is followed along its inputs: 16 rows side by side are
 // multiples of 4 KB apart as a rule, more than the sets of L1 hold.
 template <int B, class Body>
@@ -318,9 +330,9 @@ HAL_INLINE void each_pair(const HalTiles& t, const HalPlain& p, int64_t tile, Bo
     uint8_t* second = row + 1 < t.s.n ? first + t.s.k : nullptr;
     for (int64_t g = 0; g < t.s.groups; g++) {
       const int64_t inputs = group_inputs(t.s, g), k = g * t.s.width;
-      uint8_t* block = tile_codes(t, tile, group_start(t.s, g)) + r / 16 * block_bytes(B);
-      for (int64_t i = 0; i < inputs; i += 8, block += 4 * block_bytes(B)) {
-        body(block, (int)(r % 16 / 2), first ? first + k + i : nullptr,
+      uint8_t* step = tile_codes(t, tile, group_start(t.s, g));
+      for (int64_t i = 0; i < inputs; i += 8, step += step_bytes(B)) {
+        body(step, (int)(r / 16), (int)(r % 16 / 2), first ? first + k + i : nullptr,
              second ? second + k + i : nullptr, inputs - i);
       }
     }
@@ -353,9 +365,9 @@ static void tile_tiles(const HalTiles* t, const HalPlain* p, int64_t tile, int64
   by_bits(t->s.bits, [&](auto bits) __attribute__((always_inline)) {
     constexpr int B = decltype(bits)::value;
     for (int64_t i = tile; i < end; i++) {
-      each_pair<B>(*t, *p, i, [](uint8_t* block, int pair, uint8_t* a, uint8_t* b, int64_t n)
+      each_pair<B>(*t, *p, i, [](uint8_t* step, int v, int pair, uint8_t* a, uint8_t* b, int64_t n)
                                   __attribute__((always_inline)) {
-        put_rows<B>(block, pair, a ? codes_at(a, n) : 0, b ? codes_at(b, n) : 0);
+        put_rows<B>(step, v, pair, a ? codes_at(a, n) : 0, b ? codes_at(b, n) : 0);
       });
       copy_scales(*t, *p, i, true);
     }
@@ -366,10 +378,10 @@ static void untile_tiles(const HalTiles* t, const HalPlain* p, int64_t tile, int
   by_bits(t->s.bits, [&](auto bits) __attribute__((always_inline)) {
     constexpr int B = decltype(bits)::value;
     for (int64_t i = tile; i < end; i++) {
-      each_pair<B>(*t, *p, i, [](uint8_t* block, int pair, uint8_t* a, uint8_t* b, int64_t n)
+      each_pair<B>(*t, *p, i, [](uint8_t* step, int v, int pair, uint8_t* a, uint8_t* b, int64_t n)
                                   __attribute__((always_inline)) {
         uint64_t x, y;
-        get_rows<B>(block, pair, &x, &y);
+        get_rows<B>(step, v, pair, &x, &y);
         if (a) put_codes(a, n, x);
         if (b) put_codes(b, n, y);
       });

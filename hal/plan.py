@@ -44,13 +44,11 @@ class Weight:
     members: "tuple[Weight, ...]" = ()
     handle: Any = None
     token: int = field(default_factory=_tokens.__next__, init=False)
+    device: torch.device = field(init=False)
 
     def __post_init__(self) -> None:
         WEIGHTS[self.token] = self
-
-    @property
-    def device(self) -> torch.device:
-        return next(iter(self.parts.values())).device
+        self.device = next(iter(self.parts.values())).device
 
     @property
     def nbytes(self) -> int:
