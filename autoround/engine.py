@@ -50,6 +50,7 @@ from autoround.stages import (
     momentum,
 )
 from autoround.stages.task import hidden
+from hal.device import tokens_at_once
 
 #: One sample in so many only judges what the closed form makes of the others.
 HELD_OUT = 8
@@ -69,7 +70,9 @@ class Engine:
     ) -> None:
         self.recipe, self.streamed, self.plan = recipe, streamed, run.plan
         self.artefact, self.out, self.journal = artefact, run, journal
-        self.stages = stages_of(recipe, lambda t, loss: run.tell(Step(t, loss)))
+        tokens = run.tokens.ids.shape[1] if run.tokens else 1
+        self.at_once = samples_at_once(recipe, tokens, streamed.device)
+        self.stages = stages_of(recipe, self.at_once, lambda t, loss: run.tell(Step(t, loss)))
         self.pool = Pool(run.output, spill)
         self.last = len(streamed.blocks.modules) - 1
 
@@ -295,7 +298,7 @@ class Engine:
         outputs: dict[int, Any] = {}
         store: Store | None = None
         with torch.no_grad():
-            for batch in samples.batches(samples.indices, self.recipe.batch_size):
+            for batch in samples.batches(samples.indices, self.at_once):
                 out = task.forward(samples.gather(batch), weights)
                 check(task, hidden(out))
                 for i, piece in zip(batch, split(out, len(batch)), strict=True):
@@ -351,10 +354,16 @@ def held_out(recipe: Recipe, indices: tuple[int, ...]) -> tuple[int, ...]:
     return indices[1:][-max(1, len(indices) // HELD_OUT) :] if recipe.feedback else ()
 
 
-def stages_of(recipe: Recipe, on_step: Callable[[int, float], None]) -> tuple[Stage, ...]:
-    """What a recipe does to each block, in order."""
+def samples_at_once(recipe: Recipe, tokens: int, device: torch.device) -> int:
+    """Samples of ``tokens`` that go through a block together where no gradient is taken."""
+    return max(1, min(recipe.batch_size, tokens_at_once(device) // tokens))
+
+
+def stages_of(
+    recipe: Recipe, size: int, on_step: Callable[[int, float], None]
+) -> tuple[Stage, ...]:
+    """What a recipe does to each block, in order; ``size``: samples at once."""
     stages: list[Stage] = [Search()]
-    size = recipe.batch_size
     if recipe.calibrates:
         stages.append(Measure("loss_rtn", size))
     if recipe.search:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import hal
 from autoround import chains
-from autoround.engine import held_out, stages_of
+from autoround.engine import held_out, samples_at_once, stages_of
 from autoround.failure import BLOCK, FACTS
 from autoround.models import Call, Samples, compat, find_blocks
 from autoround.models.survey import WeightView
@@ -48,7 +48,9 @@ def reproduce(directory: Path, *, trust_remote_code: bool = False) -> dict[str, 
         with torch.no_grad():
             task.y = {i: hidden(task.forward(floats.gather([i]), {})) for i in floats.indices}
         task.held = held_out(recipe, quants.indices)
-    for stage in stages_of(recipe, lambda t, loss: print(f"step {t}: loss {loss:.4e}")):
+    tokens = floats.hidden(0).shape[1] if recipe.calibrates else 1
+    size = samples_at_once(recipe, tokens, torch.empty(0).device)
+    for stage in stages_of(recipe, size, lambda t, loss: print(f"step {t}: loss {loss:.4e}")):
         print(f"{type(stage).__name__} on {block['name']}")
         stage.run(task)
     print(f"no failure; {task.report}")

@@ -12,7 +12,7 @@ from unittest import mock
 from rich.console import Console
 from rich.table import Table
 
-from autoround import pipeline
+from autoround import engine, pipeline
 from autoround.evaluate import evaluate
 from autoround.options import build_recipe, device_by_name
 from autoround.stages import Feedback, Kept, Measure, Search, Stage, WeightedSearch, feedback
@@ -70,7 +70,7 @@ def _measured(part: Part, changes: dict[str, int], output: Path) -> tuple[float,
     gain = feedback.gain if part.at_output else lambda *_: None
     started = time.process_time()
     with (
-        mock.patch.object(pipeline, "stages_of", return_value=stages),
+        mock.patch.object(engine, "stages_of", return_value=stages),
         mock.patch.object(feedback, "gain", gain),
     ):
         source = pipeline.Source(MODEL, device_by_name(None))

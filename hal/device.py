@@ -66,3 +66,11 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     if device.type == "cpu":
         return memory.host(shape, dtype)
     return torch.empty(shape, dtype=dtype, device=device)
+
+
+def tokens_at_once(device: torch.device) -> int:
+    """Tokens to send through a block together: enough to keep the device busy.
+
+    On a CPU 1024 take no longer than 4096 (.97 of a run's processor seconds) and less room.
+    """
+    return 1024 if device.type == "cpu" else 16384

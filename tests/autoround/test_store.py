@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where hidden states lie: nothing is written over that someone still holds."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from autoround.errors import InputError
 from autoround.models import Pool, Store
 from autoround.models.store import available_bytes
 
@@ -48,6 +51,18 @@ def test_other_shapes_lie_elsewhere(tmp_path: Path) -> None:
     assert torch.equal(put, wide)
     assert put.data_ptr() != wide.data_ptr()
     assert not store.held
+
+
+def test_a_full_disk_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(InputError, match="no room for 0 MB of hidden states beside the output"):
+        Pool(tmp_path, spill=True).take(3, rows()[0])
+    assert not list(tmp_path.iterdir())
 
 
 def test_more_than_half_of_memory_goes_to_a_file(
