@@ -30,7 +30,7 @@ def pack_stream(values: Tensor, bits: int) -> Tensor:
         words[..., word] |= groups[..., i] << shift & 0xFFFFFFFF
         if shift + bits > 32:
             words[..., word + 1] |= groups[..., i] >> (32 - shift)
-    return _as_i32(words.view(rows, -1))
+    return as_i32(words.view(rows, -1))
 
 
 def unpack_stream(words: Tensor, bits: int) -> Tensor:
@@ -52,7 +52,7 @@ def pack_awq(values: Tensor) -> Tensor:
     groups = values.view(values.shape[0], -1, 8).to(torch.int64)
     words = sum(groups[..., column] << 4 * i for i, column in enumerate(AWQ_ORDER))
     assert isinstance(words, Tensor)
-    return _as_i32(words)
+    return as_i32(words)
 
 
 def unpack_awq(words: Tensor) -> Tensor:
@@ -64,7 +64,8 @@ def unpack_awq(words: Tensor) -> Tensor:
     return values.flatten(1)
 
 
-def _as_i32(words: Tensor) -> Tensor:
+def as_i32(words: Tensor) -> Tensor:
+    """32-bit words held in i64, as i32 of the same bits."""
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 

@@ -22,10 +22,11 @@ part() { # name, seconds it may take, command
 
 # The native module beside the sources: nothing is installed.
 build() {
-  local suffix
-  cmake -S . -B build/gpu -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE="$(command -v "$PY")" \
+  cmake -S . -B build/gpu -G Ninja -DCMAKE_BUILD_TYPE=Release -DHAL_CUDA=ON \
+    -DCMAKE_CUDA_ARCHITECTURES="${CUDA_ARCHITECTURES:-90a-real}" \
+    -DPython_EXECUTABLE="$(command -v "$PY")" \
     -Dpybind11_DIR="$("$PY" -m pybind11 --cmakedir)" && cmake --build build/gpu &&
-    cp build/gpu/_cpu*.so hal/ && "$PY" -m hal
+    cp build/gpu/_c*.so hal/ && "$PY" -m hal
 }
 
 only="$*"
