@@ -2,15 +2,16 @@
 """``python -m hal [explain | matrix]``: does it work here, which kernels serve what, and why."""
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
 from hal import config, registry
 from hal import device as devices
+from hal.backends import backends
 from hal.layout import LAYOUTS
-from hal.registry import Case, Unsupported
+from hal.registry import Caps, Case, Kernel, Unsupported
 from hal.spec import Act, Spec
 from hal.testing import check
 
@@ -49,7 +50,7 @@ def _facts(caps: registry.Caps) -> str:
 def rows(caps: registry.Caps) -> Iterator[tuple[str, ...]]:
     """The kernel matrix of a device: one verb, then the kernels that serve each family."""
     for label, case in _questions(caps):
-        yield (label, *(_served(case, specs) for specs in FAMILIES.values()))
+        yield (label, *(_cell(_served(case, specs), specs) for specs in FAMILIES.values()))
 
 
 def _questions(caps: registry.Caps) -> Iterator[tuple[str, Case]]:
@@ -64,17 +65,28 @@ def _questions(caps: registry.Caps) -> Iterator[tuple[str, Case]]:
     yield "qgemm_grouped", replace(ask("qgemm_grouped"), m=64, experts=8)
 
 
-def _served(case: Case, specs: Sequence[Spec]) -> str:
-    """Names of the rows that serve these specs; with the elements when it is not all of them."""
+Choice = Callable[[Case], Kernel | None]
+
+
+def _select(case: Case) -> Kernel | None:
+    try:
+        return registry.select(case)
+    except Unsupported:
+        return None
+
+
+def _served(case: Case, specs: Sequence[Spec], choose: Choice = _select) -> dict[str, list[str]]:
+    """Names of the rows that serve these specs, each with the elements it serves."""
     names: dict[str, list[str]] = {}
     for spec in specs:
         if LAYOUTS[case.layout].fits(spec, case.n, case.k) is None:
-            try:
-                names.setdefault(registry.select(replace(case, spec=spec)).name, []).append(
-                    spec.elem
-                )
-            except Unsupported:
-                names.setdefault("none", []).append(spec.elem)
+            row = choose(replace(case, spec=spec))
+            names.setdefault(row.name if row else "none", []).append(spec.elem)
+    return names
+
+
+def _cell(names: dict[str, list[str]], specs: Sequence[Spec]) -> str:
+    """With the elements where it is not all of them."""
     cells = [
         name if len(elems) == len(specs) else f"{name} ({' '.join(elems)})"
         for name, elems in names.items()
@@ -91,12 +103,46 @@ def _aligned(table: Sequence[Sequence[str]]) -> None:
 
 
 def matrix() -> None:
-    """The kernel matrix of every device, as markdown."""
-    for found in devices.devices():
-        print(f"| {found.torch} | {' | '.join(FAMILIES)} |")
-        print("|---|" + "---|" * len(FAMILIES))
-        for row in rows(found.caps):
-            print(f"| {' | '.join(row)} |")
+    """Verb by kind of device, as markdown: the rows that serve it there, were their parts at hand,
+    and how each backend is shown to work."""
+    kinds = [kind for b in backends() for kind in b.KINDS]
+    asked = {kind: Caps(kind, "", *EXAMPLES[kind]) for kind in dict.fromkeys(kinds)}
+    print(f"| | {' | '.join(asked)} |")
+    print("|---|" + "---|" * len(asked))
+    specs = [spec for family in FAMILIES.values() for spec in family]
+    questions = zip(*(_questions(caps) for caps in asked.values()), strict=True)
+    for cases in questions:
+        cells = [_names(_served(case, specs, _written)) for _, case in cases]
+        print(f"| {cases[0][0]} | {' | '.join(cells)} |")
+    print()
+    for b in backends():
+        for kind, label in b.KINDS.items():
+            print(f"- `{b.NAME}` on {kind}: {label}")
+
+
+def _names(names: dict[str, list[str]]) -> str:
+    """Kernels; those that serve a part of all elements after the others."""
+    return ", ".join(names) or "-"
+
+
+def _written(case: Case) -> Kernel | None:
+    """The first row that would serve a case on a machine that has all its parts.
+
+    Rows of the host ask it for its instruction sets, so its module must be built.
+    """
+    host = torch.empty(0).device.type
+    serving = [b for b in backends() if not b.KINDS or case.caps.kind in b.KINDS]
+    asked = [b for b in serving if host not in b.KINDS or b.probe() is None]
+    rows = (row for b in asked for row in b.KERNELS if row.op == case.op)
+    return next((row for row in rows if row.when(case) is None), None)
+
+
+#: A device of each kind, as far as rows look at one: arch, features, units, memory.
+EXAMPLES: dict[str, tuple[str, frozenset[str], int, int]] = {
+    "cpu": ("amx", frozenset({"amx"}), 8, 1 << 35),
+    "cuda": ("sm_90", frozenset(), 132, 1 << 37),
+    "xpu": ("", frozenset(), 160, 1 << 34),
+}
 
 
 def explain(options: argparse.Namespace) -> None:
@@ -126,7 +172,7 @@ def explain(options: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m hal", description=__doc__)
     commands = parser.add_subparsers(dest="command")
-    commands.add_parser("matrix", help="print the kernel matrix as markdown")
+    commands.add_parser("matrix", help="print verb by device as markdown")
     why = commands.add_parser("explain", help="which kernels can serve a case, and why not")
     why.add_argument("spec", help="e.g. s4:g128:f16 or u4:g128:f16:int")
     why.add_argument("--op", default="qgemm")

@@ -3,7 +3,7 @@
 
 import fnmatch
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -87,14 +87,24 @@ class Probes:
     peak: Callable[[], int]
 
 
+#: How kernels are shown to work on a kind of device.
+MEASURED, EMULATED, COMPILED, WRITTEN = LABELS = (
+    "measured on hardware",
+    "run on an emulated device",
+    "compiled",
+    "written",
+)
+
+
 class Backend(Protocol):
     """One file in ``hal/backends``: its kernels, best first, and the facts about its devices.
 
-    ``KINDS``: the kinds of device that it serves; none = any that torch knows.
+    ``KINDS``: the kinds of device that it serves, and how its kernels are shown to work there: a
+    value of `LABELS`. None = any device that torch knows.
     """
 
     NAME: str
-    KINDS: frozenset[str]
+    KINDS: Mapping[str, str]
     KERNELS: tuple[Kernel, ...]
     LAYOUTS: tuple[Layout, ...]
 

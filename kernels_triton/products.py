@@ -22,8 +22,6 @@ from kernels_triton.codec import FLOATS, FUSED, INTERPRETED, stored, wide
 
 PAD = 128
 PLANES = (4, 2, 1)
-#: Rows from which decoding the weight once and torch's dense product is the faster way.
-DENSE = 1024
 
 
 class Planes(NamedTuple):
@@ -253,13 +251,6 @@ class Config:
 def step(width: int, groups: int, most: int) -> int:
     """Columns that a program takes at a time: a power of two that ends where groups do."""
     return most if groups == 1 else min(most, width & -width)
-
-
-def fits(width: int, groups: int) -> str | None:
-    """Why groups so wide have no kernels here, or None."""
-    if groups > 1 and width % 16:
-        return f"groups of {width} are no multiple of 16"
-    return None
 
 
 def configure(m: int, n: int, k: int, width: int, groups: int, units: int) -> Config:

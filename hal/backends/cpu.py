@@ -16,11 +16,11 @@ from hal.block import Attention, BlockOps
 from hal.layout import Layout, Parts
 from hal.plan import Weight
 from hal.qtensor import Params
-from hal.registry import BUCKETS, Caps, Case, Kernel, Probes
+from hal.registry import BUCKETS, MEASURED, Caps, Case, Kernel, Probes
 from hal.spec import Spec
 
 NAME = "cpu"
-KINDS = frozenset({NAME})
+KINDS = {NAME: MEASURED}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FILE_LAYOUTS = {"gptq": 0, "gptq_raw": 0, "awq": 1, "stream": 2}
 TILE = 64

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from hal.block import BlockOps
 from hal.layout import Layout, Parts, as_i32
 from hal.plan import Weight
-from hal.registry import Caps, Case, Kernel, Probes, described
+from hal.registry import EMULATED, Caps, Case, Kernel, Probes, described
 from hal.spec import Spec
 
 NAME = "cuda"
-KINDS = frozenset({NAME})
+KINDS = {NAME: EMULATED}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ROWS, CHUNK, STEP = 16, 128, 16  # rows of a tile, columns of a chunk and of a tensor-core product
 FEW = 64  # rows; from more on the weight is decoded for torch's dense product

@@ -14,7 +14,7 @@ from hal.registry import Caps, Kernel, described
 from hal.spec import Spec
 
 NAME = "reference"
-KINDS: frozenset[str] = frozenset()
+KINDS: dict[str, str] = {}
 LAYOUTS: tuple[Layout, ...] = ()
 
 

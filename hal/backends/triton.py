@@ -14,12 +14,13 @@ from hal.block import BlockOps
 from hal.layout import Layout, Parts
 from hal.plan import Weight
 from hal.qtensor import Params
-from hal.registry import Caps, Case, Kernel, Probes, described
+from hal.registry import EMULATED, Caps, Case, Kernel, Probes, described
 from hal.spec import Spec
 
 NAME = "triton"
+DENSE = 1024  # rows from which decoding the weight once and torch's dense product is the faster way
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-KINDS = frozenset({"cuda", "xpu", *(("cpu",) if INTERPRETED else ())})
+KINDS = dict.fromkeys(("cuda", "xpu", *(("cpu",) if INTERPRETED else ())), EMULATED)
 
 
 @cache
@@ -187,16 +188,17 @@ def _qgemm_grouped(x: Tensor, weight: Weight, offsets: Tensor, out: Tensor) -> N
 
 
 def _groups(case: Case) -> str | None:
-    width, groups = case.spec.width(case.k), case.spec.groups(case.k)
-    reason: str | None = _import("products").fits(width, groups)
-    return reason
+    width = case.spec.width(case.k)
+    if case.spec.groups(case.k) > 1 and width % 16:
+        return f"groups of {width} are no multiple of 16"
+    return None
 
 
 def _many_rows(case: Case) -> str | None:
     if case.dtype == torch.float32:
         return "f32: rounding to it gains nothing"
-    least = _import("products").DENSE
-    return _groups(case) or (None if case.m >= least else f"m < {least}: triton.qgemm is faster")
+    few = f"m < {DENSE}: triton.qgemm is faster"
+    return _groups(case) or (None if case.m >= DENSE else few)
 
 
 LAYOUTS = (Layout("triton.planes", lambda spec, n, k: None, _to_planes, _from_planes, 1),)

@@ -4,6 +4,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,4 +105,10 @@ def test_command_line() -> None:
     assert re.search(r"^reference\.qgemm +serves", explained.stdout, re.M)
     fast = run("explain", "s4:g128:f16", "--m", "1", "--fast", HAL_ISA="scalar")
     assert "no integer dot products" in fast.stdout or cpu.probe()
-    assert run("matrix").stdout.startswith("| cpu |")
+
+
+@needs_native
+def test_the_matrix_of_the_readme_is_the_one_that_is_printed() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    held = text.partition("<!-- matrix -->\n")[2].partition("<!-- /matrix -->")[0]
+    assert held == run("matrix", HAL_ISA="", HAL_BACKEND="").stdout
