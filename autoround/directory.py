@@ -64,6 +64,7 @@ def claim(output: Path, *, fresh: bool = False) -> Iterator[Journal]:
     """
     begun, record = (output / HOME / RUN).is_file(), _finished(output)
     if record is not None and not fresh:
+        shutil.rmtree(output / HOME, ignore_errors=True)  # left where a run ended at its very end
         yield Journal(output, record=record)
         return
     if not begun and record is None:

@@ -7,6 +7,7 @@
 #include <new>
 #include <string>
 
+#include "digest.h"
 #include "dispatch.h"
 #include "threads.h"
 
@@ -110,6 +111,12 @@ void probe_read(int isa, Address data, int64_t bytes, int threads) {
 int64_t probe_peak(int isa, int64_t units, int threads) {
   run(table(isa).peak, HalProbe{nullptr}, units, units << 17, threads);
   return units * table(isa).peak_ops;
+}
+
+// Adds what `bytes` at `data` come to into DIGEST_LANES sums.
+void digest(Address data, int64_t bytes, Address sums) {
+  const py::gil_scoped_release unlocked;
+  hal::digest(at<const uint8_t>(data), bytes, at<uint64_t>(sums));
 }
 
 // Memory for prepared activations: one buffer per calling thread, grown and kept.
@@ -260,6 +267,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("repack", repack);
   m.def("probe_read", probe_read);
   m.def("probe_peak", probe_peak);
+  m.def("digest", digest);
   m.def("norm", norm);
   m.def("gate", gate);
   py::class_<Attention>(m, "Attention")

@@ -8,7 +8,7 @@ seconds, and a forked child is a process like any other: it can be killed at any
     said        file that takes what it prints
     kill        [seconds, signal]: sent from outside after that time
     fault       [number, how]: at that call which changes the disk, counted from 0:
-                before, torn, after: SIGKILL; full: ENOSPC from there on
+                before, torn, after: SIGKILL; full: ENOSPC from there on; broken: no OSError
     limits      name of a resource -> its limit
 """
 
@@ -41,7 +41,9 @@ def _watched(fault: tuple[int, str] | None, counter: int) -> None:
             at, how = fault or (-1, "")
             if how == "full" and number >= at and name in ("pwrite", "mkdir", "posix_fallocate"):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            if number != at or how == "full":
+            if number >= at and how == "broken" and name == "pwrite":
+                raise ZeroDivisionError("a writer")
+            if number != at or how in ("full", "broken"):
                 return original(*args, **named)
             if how == "torn" and name == "pwrite":
                 original(args[0], args[1][: len(args[1]) // 2], args[2])
