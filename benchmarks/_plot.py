@@ -70,9 +70,9 @@ class _Axis:
         return (math.log10(value) - self.low) / (self.high - self.low)
 
     def ticks(self) -> list[float]:
-        """1, 2 and 5 times powers of ten."""
+        """Round values, close enough that a narrow axis has some."""
         powers = range(math.floor(self.low), math.ceil(self.high) + 1)
-        every = [float(f"{m}e{e}") for e in powers for m in (1, 2, 5)]
+        every = [float(f"{m}e{e}") for e in powers for m in (1, 1.5, 2, 3, 5, 7)]
         return [v for v in every if 0 <= self.share(v) <= 1]
 
 

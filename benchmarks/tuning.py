@@ -106,7 +106,7 @@ def main(argv: list[str]) -> None:
         _run_missing(_wanted(o), file)
     rows = _known(file)
     wanted = [rows[key] for key in _wanted(o) if key in rows]
-    console = Console(width=120)
+    console = Console(width=130)
     for model, scheme in product(o.models, o.schemes):
         here = [row for row in wanted if (row.model, row.scheme) == (model, scheme)]
         shown: dict[str, list[Row]] = {}
