@@ -313,11 +313,12 @@ def _many_rows(case: Case) -> str | None:
     Times as fast as that, 4096 x 4096, 4 bits, one thread, exact and rounded: groups of 16 .89 and
     1.39 at m = 32; of 32 1.20 and 1.23 at 64, .95 and 1.41 at 128; of 64 1.16 and 1.50 at 256, .99
     and 1.37 at 512; of 128 1.21 and 1.40 at 512, 1.01 and 1.20 at 1024. From 6 bits on .82 to 1.03
-    and 1.11 to 1.29 at 512.
+    and 1.11 to 1.29 at 512; so 768 x 768, which a dense product has in the L2: .86 and .96.
     """
     if case.dtype != torch.bfloat16 or isas()[isa()] != "amx":
         return "not bf16 on AMX: nothing is gained"
-    most = min(max(16, case.spec.width(case.k) ** 2 // 16), 512 if case.spec.bits < 6 else 256)
+    large = case.spec.bits < 6 and case.n * case.k > 1 << 20
+    most = min(max(16, case.spec.width(case.k) ** 2 // 16), 512 if large else 256)
     return None if case.m > most else f"m <= {most}: cpu.qgemm is as fast and exact"
 
 
