@@ -2,6 +2,7 @@
 """What a run writes: weights to all formats at once, and what stands beside them."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,7 @@ from autoround.formats import CANONICAL, RECORD, Contents, Export, Module, Targe
 from autoround.formats.canonical import to_json
 from autoround.formats.export import Written
 from autoround.header import read_header
+from autoround.journal import settle
 from autoround.ledger import Ledger
 from hal import QTensor
 
@@ -42,7 +44,7 @@ class Artefact(ExitStack):
         *, durable: bool = True, rows: Sequence[Row] = (),
     ) -> None:  # fmt: skip
         super().__init__()
-        self.contents = contents
+        self.contents, self._durable = contents, durable
         settled = [_settled(target, n, rows) if rows else None for n, target in enumerate(targets)]
         self.exports = tuple(
             Export(target, place, max_shard, durable=durable, settled=held)
@@ -140,6 +142,8 @@ class Artefact(ExitStack):
             record = {**run, **_own_record(export)}
             (export.directory / RECORD).write_text(json.dumps(record, indent=1) + "\n")
             _write_config(export)
+            if self._durable:
+                _settle_beside(export.directory, export.sink.names)
 
     def balance(self, source: Collection[str], planned: Mapping[str, str]) -> None:
         """`Ledger.balance`, against the finished files."""
@@ -159,6 +163,15 @@ def _settled(target: Target, n: int, rows: Sequence[Row]) -> dict[str, list[int 
             for name, index, crc in places:
                 crcs[name][index] = crc
     return crcs
+
+
+def _settle_beside(directory: Path, shards: Collection[str]) -> None:
+    """Have on the disk what stands beside the weights, and every name."""
+    for path in directory.iterdir():
+        if path.is_file() and path.name not in shards:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    settle(directory)
 
 
 def places(targets: Sequence[Target], output: Path) -> list[Path]:

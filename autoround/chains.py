@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import mmap
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor
 
 from autoround import digest
-from autoround.errors import InputError
 
 ALIGN = 64  # bytes
 DTYPES = {
@@ -92,12 +90,13 @@ class Spool:
         return [_name(x.dtype), [*x.shape], self._places[place], found, far]
 
     def close(self) -> str | None:
-        """Have all of it on the disk; the file's name, or None where something was opaque."""
+        """The file's name, or None where something was opaque.
+
+        Not synced to the disk: what a power cut leaves unwritten is noticed, and computed again.
+        """
         if self._opaque:
             self.discard()
             return None
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
         name = f"{self._content.hexdigest()[:16]}.chains"
         self._path.replace(self._path.with_name(name))
@@ -112,18 +111,12 @@ class Spool:
 def read(path: Path, trees: Mapping[int, Any], device: torch.device) -> dict[int, Any]:
     """Values as they were given to `Spool.add`, their memory the file's, private to the reader.
 
-    Raises InputError where the file is not what was written.
+    Raises ValueError or OSError where the file is not what was written.
     """
-    try:
-        with path.open("rb") as file:
-            held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        tensors: dict[int, Tensor] = {}
-        return {i: _value(tree, held, tensors, device) for i, tree in trees.items()}
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} is not as it was written ({error}); check the disk, then start over with "
-            "--fresh"
-        ) from error
+    with path.open("rb") as file:
+        held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    tensors: dict[int, Tensor] = {}
+    return {i: _value(tree, held, tensors, device) for i, tree in trees.items()}
 
 
 def _tree(value: Any, of_tensor: Any) -> Any:

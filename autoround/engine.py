@@ -126,16 +126,16 @@ class Engine:
 
         What the last block put out stands for the outputs of all before it. That will do for models
         that hand blocks nothing else; it is proven by the digests of all that the forwards hand
-        over now. False for other models.
+        over now. False for other models, and where the file is not what was written.
         """
         trees = {int(i): tree for i, (_, tree) in state["outputs"].items()}
         path = self.journal.directory / state["file"]
-        outputs = chains.read(path, trees, self.streamed.device)
         try:
+            outputs = chains.read(path, trees, self.streamed.device)
             for i, (replies, _) in state["outputs"].items():
                 for _ in range(replies):
                     forwards.resume({int(i): outputs[int(i)]})
-        except Exception:  # remote code or not: it wants what it does not get here
+        except Exception:  # the file is damaged, or the model wants what it does not get here
             return False
         return bool(_received(forwards, chains.Digests()) == state["received"])
 
@@ -204,7 +204,7 @@ class Engine:
         rtn, loss = (task.report.get(key, math.nan) for key in ("loss_rtn", "loss"))
         seconds = time.perf_counter() - started
         sparse = int(task.report.get("sparse_experts", 0))
-        report = BlockReport(index, name, rtn, loss, seconds, peak_bytes(), sparse)
+        report = BlockReport(index, name, rtn, loss, seconds, peak_bytes(), sparse, task.tokens)
         self.out.blocks.append(report)
 
     @contextlib.contextmanager

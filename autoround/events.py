@@ -101,7 +101,7 @@ def to_json(event: Event) -> dict[str, Any]:
     calibrated: tokens (rows, columns), digest, description;
     resumed: blocks; block_started: index, name; step: t, loss; block_failed: index, name,
     error;
-    block_done: index, name, loss_rtn, loss, seconds, peak_bytes, sparse_experts;
+    block_done: index, name, loss_rtn, loss, seconds, peak_bytes, sparse_experts, experts;
     finished: output, seconds, peak_bytes, nbytes, directories (each with its proof).
     """
     return {"event": _name(event)} | _fields(event)

@@ -27,7 +27,7 @@ class BlockReport:
 
     Losses are mean squared errors over the samples held out of tuning, or all where none are; NaN
     without data. ``sparse_experts``: weights of experts with fewer tokens than columns, which lean
-    on the tokens of all experts.
+    on the tokens of all experts; ``experts``: how many tokens reached each, by weight.
     """
 
     index: int
@@ -37,6 +37,7 @@ class BlockReport:
     seconds: float
     peak_bytes: int
     sparse_experts: int = 0
+    experts: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -83,6 +84,7 @@ class Run:
             {"name": b.name}
             | ({} if math.isnan(b.loss) else {"loss_rtn": b.loss_rtn, "loss": b.loss})
             | ({"sparse_experts": b.sparse_experts} if b.sparse_experts else {})
+            | ({"experts": b.experts} if b.experts else {})
             for b in self.blocks
         ]
         return {

@@ -92,19 +92,19 @@ class Feedback:
             judge = moments(task, name, done, judging, None) if judging else dense
             t = self._target(t, dense, judge or dense)
         q, ranges, step = torch.empty_like(t), list[hal.Params](), max(1, AT_ONCE // (4 * k * k))
-        sparse = 0
+        reached: list[int] = []
         for start in range(0, count, step):
             experts = range(start, min(start + step, count))
             found = expert_moments(task, name, done, batches, experts)
             if found is None:
                 return
             mean = found.together / max(1, found.routed)
+            reached += found.tokens.tolist()
             for at, expert in enumerate(experts):
                 rows = slice(expert * len(t) // count, (expert + 1) * len(t) // count)
                 h = found.h[at] + self.prior * k * mean
                 q[rows], p = self._rounded(t[rows], h, layer.spec)
                 ranges.append(p)
-                sparse += int(found.tokens[at] < k)
         layer.w = q
         layer.params = hal.Params(
             None,
@@ -114,6 +114,8 @@ class Feedback:
             ),
         )
         done[name] = hal.qdq(layer.w, layer.ready, layer.spec).to(layer.dtype)
+        task.tokens[name] = reached
+        sparse = sum(tokens < k for tokens in reached)
         task.report["sparse_experts"] = task.report.get("sparse_experts", 0) + sparse
 
     def _rounded(self, t: Tensor, h: Tensor, spec: hal.Spec) -> tuple[Tensor, hal.Params]:

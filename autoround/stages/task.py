@@ -64,6 +64,7 @@ class BlockTask:
     ``x``: inputs of the chain the block is tuned on; ``floats``: those of the float chain; ``y``:
     the float block's hidden output of each sample. All None when the recipe needs no data.
     ``held``: samples that only judge. ``fixed``: rounded weights that no later stage changes.
+    ``tokens``: fused weight -> how many tokens the router sent to each of its experts.
     """
 
     index: int
@@ -76,6 +77,7 @@ class BlockTask:
     held: tuple[int, ...] = ()
     fixed: dict[str, Tensor] = field(default_factory=dict)
     report: dict[str, float] = field(default_factory=dict)
+    tokens: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def judged(self) -> tuple[int, ...]:
