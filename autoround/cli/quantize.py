@@ -277,7 +277,8 @@ def quantize(
     out.print(summary(run))
     say(run.verdicts, out)
     first = run.verdicts[0].directory
-    words = f"written to {job.output}; next: autoround eval {first} --against {job.model}"
+    done = "was finished already, and is proven again" if run.already else "is written"
+    words = f"{job.output} {done}; next: autoround eval {first} --against {job.model}"
     out.print(words, soft_wrap=True)
 
 
