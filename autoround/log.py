@@ -35,7 +35,7 @@ class Lines:
         """Listen to a run."""
         self.say(to_json(event))
 
-    def say(self, values: dict[str, Any]) -> None:
+    def say(self, values: dict[str, Any], *, ready: bool = True) -> None:
         """One line of other values."""
         self._write(line(values, self._started))
         self._flush()

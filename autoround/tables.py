@@ -8,6 +8,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:  # a run that builds no model imports no transformers
     from autoround.doctor import Diagnosis
+    from autoround.estimate import Needs
     from autoround.evaluate import Evaluation
     from autoround.outlook import Outlook
     from autoround.run import Run
@@ -26,16 +27,27 @@ def outlook_tables(found: "Outlook") -> list[Table | str]:
         for name, exact in sizes.items():
             files.add_row(str(directory / name), f"{exact:,}")
     files.add_row("all", f"{found.nbytes:,}")
-    plan = found.plan
-    said = (
-        f"{len(plan.layers)} weights quantized at {plan.bits_per_weight:.3f} bits; "
-        f"{size(found.free)} free on the disk"
-    )
-    return [kinds, files, said]
+    plan, need = found.plan, found.needs
+    held = ", ".join(f"{what} {size(n)}" for what, n in need.memory.items())
+    device = f"{size(need.device)} on the device, " if need.device else ""
+    lines = [
+        f"{len(plan.layers)} weights quantized at {plan.bits_per_weight:.3f} bits",
+        f"memory: {size(need.ram)} at most ({held})",
+        f"disk: {device}{size(need.disk)} at most, {size(found.free)} free",
+    ]
+    if found.fit.refused:
+        lines.append(f"does not fit: {found.fit.refused}")
+        if change := found.fit.change:
+            words, then = change
+            lines.append(f"cheapest change: {words} (memory {size(then.ram)}, "
+                         f"disk {size(then.disk)})")  # fmt: skip
+        else:
+            lines.append("no option makes it fit: take a smaller model or a larger machine")
+    return [kinds, files, *lines]
 
 
-def summary(run: "Run") -> Table:
-    """The closing table of a run."""
+def summary(run: "Run", needs: "Needs | None" = None) -> Table:
+    """The closing table of a run; with ``needs``, what was planned beside what it took."""
     table = Table(show_header=False, box=None)
     table.add_row("size", f"{size(run.source_bytes)} -> {size(run.plan.nbytes)}")
     table.add_row(
@@ -46,7 +58,14 @@ def summary(run: "Run") -> Table:
         better = sum(b.loss < b.loss_rtn for b in tuned)
         table.add_row("blocks better than RTN", f"{better} of {len(tuned)}")
     table.add_row("time", clock(run.seconds))
-    table.add_row("peak memory", size(run.peak_bytes))
+    planned = (
+        f" (planned {size(needs.ram)}, {run.peak_bytes / needs.ram - 1:+.0%})" if needs else ""
+    )
+    table.add_row("peak memory", size(run.peak_bytes) + planned)
+    if needs:
+        written = sum(f.stat().st_size for f in run.output.rglob("*.safetensors"))
+        exact = "as planned" if written == needs.files else f"planned {needs.files:,}"
+        table.add_row("files of weights", f"{written:,} bytes, {exact}")
     return table
 
 

@@ -2,6 +2,7 @@
 """`autoround quantize` and `plan`, which take the same options."""
 
 import inspect
+import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autoround.cli.words import Failed, console, noted, option, say, stoppable
+from autoround.cli.words import Failed, Json, console, noted, option, say, stoppable
 from autoround.errors import InputError
 
 if TYPE_CHECKING:
@@ -246,11 +247,12 @@ def quantize(
 ) -> None:
     """Quantize a model into a new directory."""
     if dry_run:
-        _foresee(job)
+        _foresee(job, {}, json_output)
         return
     from autoround.events import together
     from autoround.failure import Recorder, advice, said
     from autoround.log import Lines, Log
+    from autoround.outlook import Forecast
     from autoround.tables import summary
     from autoround.terminal import Terminal
 
@@ -258,9 +260,10 @@ def quantize(
     lines = [Lines(sys.stdout)] if json_output else []
     log, recorder = Log(job.output), Recorder()
     log.say(_started(job), ready=False)
+    forecast = Forecast(job.recipe, job.source(), job.output, (log, *lines))
     try:
         with stoppable(), Terminal(out, job.recipe.iters, job.output) as terminal:
-            run = _run(job, together(log, recorder, *lines, terminal), out)
+            run = _run(job, together(log, recorder, *lines, forecast, terminal), out)
     except InputError as error:
         for listener in lines:
             listener.say({"event": "failed", "error": noted(str(error), error), "bundle": None})
@@ -274,7 +277,7 @@ def quantize(
         raise Failed(
             f"{noted(said(error), error)}; details in {found}; next: {advice(error)}"
         ) from error
-    out.print(summary(run))
+    out.print(summary(run, forecast.needs))
     say(run.verdicts, out)
     first = run.verdicts[0].directory
     done = "was finished already, and is proven again" if run.already else "is written"
@@ -312,15 +315,28 @@ def _run(job: Job, listener: "Listener", out: "Console") -> "Run":
 
 
 @_about_a_run
-def plan(job: Job) -> None:
-    """Say what `quantize` would do, to the byte, from headers alone."""
-    _foresee(job)
+def plan(
+    job: Job,
+    ram: Annotated[str | None, option("Memory there is, e.g. 16GB: what makes it fit?")] = None,
+    vram: Annotated[str | None, option("Memory of the device, e.g. 8GB.")] = None,
+    disk: Annotated[str | None, option("Room on the disk, e.g. 20GB.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Say what `quantize` would do, to the byte, from headers alone; exit code 1 = does not fit."""
+    _foresee(job, {"ram": ram, "vram": vram, "disk": disk}, json_output)
 
 
-def _foresee(job: Job) -> None:
+def _foresee(job: Job, given: "dict[str, str | None]", json_output: bool) -> None:
+    from autoround.estimate import Limits, bytes_of
     from autoround.outlook import outlook
     from autoround.tables import outlook_tables
 
-    found = outlook(job.recipe, job.source(), job.output)
-    for part in outlook_tables(found):
-        console().print(part, soft_wrap=isinstance(part, str))
+    limits = Limits(**{name: bytes_of(text, name) for name, text in given.items() if text})
+    found = outlook(job.recipe, job.source(), job.output, limits)
+    if json_output:
+        typer.echo(json.dumps(found.to_json()))
+    else:
+        for part in outlook_tables(found):
+            console().print(part, soft_wrap=isinstance(part, str), highlight=False)
+    if found.fit.refused:
+        raise typer.Exit(1)

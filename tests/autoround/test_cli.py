@@ -79,6 +79,11 @@ def test_quantize_and_eval(tmp_path: Path) -> None:
     assert "auto_round:auto_gptq" in done.stdout
     assert "autoround eval" in done.stdout
     assert json.loads((out / "autoround.json").read_text())["recipe"]["iters"] == 4
+    log = [json.loads(line) for line in (out / "autoround.log").read_text().splitlines()]
+    forecast = next(line for line in log if line["event"] == "forecast")
+    assert forecast["nbytes"] == sum(f.stat().st_size for f in out.rglob("*.safetensors"))
+    finished = next(line for line in log if line["event"] == "finished")
+    assert finished["peak_bytes"] == pytest.approx(forecast["ram"], rel=0.25)
     done = process("eval", str(out), "--against", str(PGDOC), "--nsamples", "4", "--seqlen",
                    "128", "--json")  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -95,7 +95,12 @@ def test_json_on_stdout_and_words_on_stderr(
     assert here("quantize", *arguments, "--recipe", "rtn") == 0
     captured = capsys.readouterr()
     lines = [json.loads(line) for line in captured.out.splitlines()]
-    assert [line["event"] for line in lines] == ["planned", *["block_done"] * 3, "finished"]
+    assert [line["event"] for line in lines] == [
+        "planned",
+        "forecast",
+        *["block_done"] * 3,
+        "finished",
+    ]
     assert "VERIFIED" in captured.err
     assert here("quantize", str(tmp_path / "no"), "-o", str(tmp_path / "p"), "--json") == 2
     last = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`autoround plan`: what it says is what a run does."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,12 @@ import pytest
 import torch
 
 from autoround import pipeline
+from autoround.checkpoint import Checkpoint
 from autoround.cli import run as command
 from autoround.errors import InputError
+from autoround.estimate import Limits, bytes_of, groups, needs, savings
 from autoround.options import build_recipe
-from autoround.outlook import outlook
+from autoround.outlook import Outlook, outlook
 from autoround.recipe import Recipe
 
 Saved = Callable[..., Path]
@@ -91,3 +94,103 @@ def test_the_command_takes_the_options_of_quantize(
     assert "asked for" in out
     assert "qgemm" in out
     assert not (tmp_path / "o").exists()
+
+
+# ---- memory ------------------------------------------------------------------------------------
+
+
+def planned(
+    recipe: str, saved: Saved, limits: Limits | None = None, name: str = "llama", **changes: Any
+) -> Outlook:
+    source = pipeline.Source(saved(name), torch.device("cpu"))
+    built = build_recipe(recipe, {"group_size": 32, **changes})
+    return outlook(built, source, Path("nowhere"), limits)
+
+
+def test_hidden_states_and_systems_are_counted(saved: Saved) -> None:
+    """Against numbers written down by hand: hidden 64, three blocks, 8 samples of 16 tokens."""
+    few = planned("light", saved, nsamples=8, seqlen=16)
+    config = json.loads((saved("llama") / "config.json").read_text())
+    one = 8 * 16 * config["hidden_size"] * 4
+    assert few.needs.memory["hidden states"] == 4 * one
+    assert few.needs.disk - few.nbytes == 4 * one  # two chains, two generations
+    more = planned("light", saved, nsamples=16, seqlen=16)
+    assert more.needs.memory["hidden states"] == 8 * one
+    source = pipeline.Source(saved("llama"), torch.device("cpu"), low_cpu_mem_usage=True)
+    low = outlook(build_recipe("light", {"group_size": 32, "nsamples": 8, "seqlen": 16}), source,
+                  Path("nowhere"))  # fmt: skip
+    assert low.needs.memory["hidden states"] == 0
+    assert low.needs.disk > few.needs.disk
+    assert "work on a block" not in planned("rtn", saved).needs.memory
+
+
+def test_the_largest_system_is_that_of_the_widest_input(saved: Saved) -> None:
+    plan = planned("light", saved).plan
+    names = [[x.view.param.rsplit(".", 2)[1] for x in group] for group in groups(plan.blocks[0])]
+    assert names == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"],
+                     ["down_proj"]]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("recipe", "share", "options"),
+    [("autoround", 0.999, "--low-cpu-mem-usage"), ("rtn", 0.5, None), ("light", 1.0, None)],
+)
+def test_the_cheapest_change_is_the_first_that_fits(
+    recipe: str, share: float, options: str | None, saved: Saved
+) -> None:
+    whole = planned(recipe, saved).needs.ram
+    found = planned(recipe, saved, Limits(ram=int(whole * share) + 10**6 * (share == 1.0)))
+    assert (found.fit.refused is None) == (share == 1.0)
+    if options:
+        assert found.fit.change is not None
+        assert found.fit.change[0] == options
+        assert found.fit.change[1].ram < whole * share
+    elif share < 1:
+        assert found.fit.change is None
+
+
+def test_savings_only_name_what_changes_something() -> None:
+    recipe = build_recipe("light", {"batch_size": 2, "format": "auto_round,mlx"})
+    ways = [words for words, _, _ in savings(recipe, low_memory=True)]
+    assert not [w for w in ways if "--low" in w or "--batch-size 4" in w or "32" in w]
+    assert ways[0] == "--batch-size 1"
+    assert "--batch-size 1 --seqlen 512 --nsamples 8" in ways
+    assert ways[-2].startswith("--format auto_round,")
+    assert ways[-1] == "--recipe rtn"
+
+
+def test_disk_and_device(saved: Saved) -> None:
+    both = {"format": "auto_gptq:v2,fake", "sym": False}
+    found = planned("rtn", saved, Limits(disk=1), **both)
+    assert found.fit.refused
+    assert found.fit.refused.startswith("disk: needs")
+    most = planned("rtn", saved, **both).nbytes
+    found = planned("rtn", saved, Limits(disk=most - 1), **both)
+    assert found.fit.change
+    assert found.fit.change[0].startswith("--format auto_gptq:v2")
+    plan = planned("light", saved).plan
+    recipe = build_recipe("light", {"group_size": 32})
+    here, there = (
+        needs(plan, recipe, 0, files=0, low_memory=False, accelerated=far) for far in (False, True)
+    )
+    assert here.device == 0
+    assert there.device == sum(here.memory[k] for k in here.memory if k != "process")
+
+
+@pytest.mark.parametrize("text", ["16", "GB", "-1GB", "nanGB", "16XB", "0MB"])
+def test_a_limit_that_is_none(text: str) -> None:
+    with pytest.raises(InputError, match=r"--ram .*write it like 16GB"):
+        bytes_of(text, "ram")
+
+
+def test_plan_as_json_and_its_exit_code(saved: Saved, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", str(saved("llama")), "--recipe", "rtn", "--group-size", "32", "--json"]
+    for limit, code in (("100GB", 0), ("1MB", 1)):
+        with pytest.raises(SystemExit) as end:
+            command([*words, "--ram", limit])
+        assert (end.value.code or 0) == code
+        found = json.loads(capsys.readouterr().out)
+        assert found["fits"] is (code == 0)
+        assert found["nbytes"] == sum(sum(f.values()) for f in found["files"].values())
+        assert {*found["tensors"]} == {*Checkpoint(saved("llama")).entries}
+        assert found["ram"] == sum(found["memory"].values())
