@@ -2,7 +2,7 @@
 """What a run will need, from headers alone: memory by what holds it, disk to the byte.
 
 Memory is arithmetic over what a run really holds; the factors were fitted to the peaks of runs on
-models of 0.01 to 0.27 G weights and are within 15 % of all of them (docs/planning.md). What is
+models of 0.01 to 0.27 G weights; docs/planning.md has where they hold and where not. What is
 alive at one time: the process, one block, hidden states of all samples, and the larger of what
 forwards of a batch and what the work on one matrix take. Before the end, the proof maps the largest
 tensors of the source and of the files that hold them.
