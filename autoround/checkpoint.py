@@ -17,12 +17,16 @@ from torch import Tensor
 
 from autoround import digest
 from autoround.errors import InputError
-from autoround.header import AGAIN, Entry, read_header
+from autoround.files import AGAIN, read_json
+from autoround.header import Entry, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD = re.compile(r"^.+-\d{5}-of-(\d{5})\.safetensors$")
+SHARD_NAME = re.compile(r"[\w. +=@~-]{1,200}\.safetensors")
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+#: Settings that say how often something is there: as many names or rows there must be, too.
+COUNTS = re.compile(r"(^|_)n(um)?_(\w+_)?(layers?|experts|blocks)$|^depth$")
 FLOATS = {"F16", "BF16", "F32", "F64"}
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2,
@@ -40,6 +44,8 @@ COMPANIONS = (
     "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
     "[0-9]_*/*.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
+LONGEST_PATH = 4000  # characters; the system's own limit is 4096 bytes
+LARGEST_COMPANION = 1_000_000_000  # bytes
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 WANTED = (
@@ -56,6 +62,10 @@ WANTED = (
 
 def resolve(model: str) -> Path:
     """A local directory, or a hub id looked up in the local cache and then on the hub."""
+    if len(model) > LONGEST_PATH:
+        raise InputError(
+            f"{model[:60]!r}... has {len(model)} characters: no path; give a directory"
+        )
     path = Path(model).expanduser()
     if path.is_dir():
         return path.resolve()
@@ -89,17 +99,6 @@ def _snapshot(model: str) -> Path:
         ) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises InputError where there is none."""
-    try:
-        data = json.loads(path.read_bytes())
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} is not readable JSON ({error}); {AGAIN}") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path} holds {type(data).__name__}, not a JSON object; {AGAIN}")
-    return data
-
-
 class Checkpoint:
     """A validated checkpoint directory. Only headers are held; every tensor is mapped afresh, so
     that a mapping lives exactly as long as the tensor handed out. One that is quantized
@@ -116,6 +115,7 @@ class Checkpoint:
                 f"{path} has no config.json: not a checkpoint; give the model directory itself"
             )
         self.config: dict[str, Any] = read_json(self.path / "config.json")
+        _refuse_companions(self.path)
         if not quantized:
             self._refuse_quantized()
         self.entries: dict[str, Entry] = {}
@@ -132,6 +132,23 @@ class Checkpoint:
             self.entries.update(found)
         if not self.entries:
             raise InputError(f"{path} holds no tensors; {AGAIN}")
+        self._refuse_counts()
+
+    def _refuse_counts(self) -> None:
+        """A config that counts more layers or experts than there can be: whoever builds a model of
+        it would take all memory, and the night."""
+        sizes = (max(entry.shape, default=0) for entry in self.entries.values())
+        most = max(len(self.entries), *sizes)
+        parts = [self.config]
+        while parts:
+            part = parts.pop()
+            parts += [value for value in part.values() if isinstance(value, dict)]
+            for key, value in part.items():
+                if COUNTS.search(key) and isinstance(value, int | float) and value > most:
+                    raise InputError(
+                        f"{self.path / 'config.json'} says {key} = {value:.6g}, and there are "
+                        f"{len(self.entries)} tensors; {AGAIN}"
+                    )
 
     def _refuse_quantized(self) -> None:
         if found := self.quantization:
@@ -172,9 +189,10 @@ class Checkpoint:
             raise InputError(f"{index} has no weight_map; {AGAIN}")
         shards: dict[Path, list[str]] = {}
         for name, file in names.items():
-            if not isinstance(file, str) or Path(file).name != file:
+            if not isinstance(file, str) or not SHARD_NAME.fullmatch(file):
                 raise InputError(
-                    f"{index} places {name} in {file!r}, outside the directory; {AGAIN}"
+                    f"{index} places {name} in {file!r:.200}, outside the directory or no "
+                    f"name of a safetensors file; {AGAIN}"
                 )
             shards.setdefault(self.path / file, []).append(name)
         for shard in shards:
@@ -324,6 +342,24 @@ def _mapped(entry: Entry, start: int, size: int) -> Tensor:
             f"{entry.file} changed or broke since it was opened ({error}); {AGAIN}"
         ) from error
     return torch.frombuffer(held, dtype=torch.uint8, offset=page)
+
+
+def _refuse_companions(path: Path) -> None:
+    """Files that are copied to every result, as they are: what a link in a checkpoint leads to
+    outside of it might be anything of this machine's. Links of the hub's own cache, and links to a
+    file of the same name (a directory made of links to another), are what they seem."""
+    home = path.resolve()
+    cache = home.parents[1] if home.parent.name == "snapshots" else home
+    for relative in companions(path):
+        file = path / relative
+        real = file.resolve()
+        inside = real.is_relative_to(home) or real.is_relative_to(cache)
+        if not inside and real.name != file.name:
+            raise InputError(
+                f"{file} is a link to {real}, outside the checkpoint; put the file itself there"
+            )
+        if real.stat().st_size > LARGEST_COMPANION:
+            raise InputError(f"{file} has {real.stat().st_size / 1e9:.3g} GB; {AGAIN}")
 
 
 def companions(path: Path) -> list[Path]:

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from autoround.checkpoint import read_json
 from autoround.errors import InputError
+from autoround.files import read_json
 from autoround.formats import CANONICAL, RECORD
 from autoround.journal import HOME, LOCK, RUN, Journal
 

@@ -1,6 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one error that means "your input, and here is what to do about it"."""
 
+#: A message keeps this many characters at most, from both its ends.
+MOST = 800
+
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message is one line: the value and the remedy."""
+    """What the user gave cannot be used; the message is one line: the value and the remedy.
+
+    What files hold gets into messages, so whatever is not printable is shown escaped.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(message.split())
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+        half = MOST // 2
+        super().__init__(line if len(line) <= MOST else f"{line[:half]} ... {line[-half:]}")

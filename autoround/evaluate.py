@@ -29,8 +29,8 @@ from autoround.floats import (
     over,
 )
 from autoround.loading import load
+from autoround.models import tokenizer_of
 from autoround.options import device_by_name
-from autoround.pipeline import load_tokenizer
 from hal import QExperts, QLinear, Weight
 
 
@@ -182,9 +182,11 @@ class Pair:
         self.where, self.source = resolve(model), resolve(against)
         self.model, self.against = model, against
         self.device_map, self.compute = device_map, compute
-        self.tokenizer = load_tokenizer(self.source)
+        self.tokenizer, reason = tokenizer_of(self.source)
         if self.tokenizer is None:
-            raise InputError(f"{against} has no tokenizer that loads; evaluation needs one")
+            raise InputError(
+                f"{against} has no tokenizer that loads; evaluation needs one ({reason})"
+            )
 
     @cached_property
     def quantized(self) -> Any:
@@ -246,12 +248,24 @@ class Pair:
 
     def floats(self, text: TokenSet) -> Floats:
         """What the float model says of the text, from the cache where it was asked before."""
-        return floats_of(self.source, text.ids, self._key(text), lambda: self.reference)
+        found = floats_of(self.source, text.ids, self._key(text), lambda: self.reference)
+        if not found.target.isfinite().all():
+            raise InputError(
+                f"{self.source} puts out NaN or infinity on this text: nothing can be held against "
+                "it; check the float model"
+            )
+        return found
 
     def positions(self, text: TokenSet) -> Positions:
         """The quantized model at every position of the text."""
         run = by_token if self.compute == "fast" else log_probabilities
-        return compare(self.quantized, self.floats(text), text.ids, run)
+        found = compare(self.quantized, self.floats(text), text.ids, run)
+        if not (found.kl.isfinite().all() and found.nll.isfinite().all()):
+            raise InputError(
+                f"{self.where} puts out NaN or infinity on this text; check it with "
+                "`autoround verify`, and quantize the model anew"
+            )
+        return found
 
     def noise(self, text: TokenSet) -> Floor | None:
         """The float model computed in f32 (one that is in f32: in bf16) against itself; None where

@@ -8,7 +8,7 @@ from autoround.checkpoint import resolve
 from autoround.decoder import continuation
 from autoround.errors import InputError
 from autoround.loading import load
-from autoround.pipeline import load_tokenizer
+from autoround.models import tokenizer_of
 
 
 class Writer:
@@ -21,9 +21,11 @@ class Writer:
         self, model: str, *, compute: str = "exact", device_map: str | int | None = None
     ) -> None:
         where = resolve(model)
-        self.tokenizer = load_tokenizer(where)
+        self.tokenizer, reason = tokenizer_of(where)
         if self.tokenizer is None:
-            raise InputError(f"{model} has no tokenizer that loads; generation needs one")
+            raise InputError(
+                f"{model} has no tokenizer that loads; generation needs one ({reason})"
+            )
         self.model, self.compute = load(where, device_map=device_map, compute=compute), compute
         if self.model.get_output_embeddings() is None:
             raise InputError(f"{type(self.model).__name__} is no language model; it cannot write")

@@ -138,7 +138,7 @@ class Journal:
     def _parsed(self, path: Path, text: str | bytes) -> dict[str, Any]:
         try:
             found = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):
             raise self._damaged(path)

@@ -47,16 +47,24 @@ def load(
         config.quantization_config = {
             "quant_method": "auto-round", "packing_format": packing, "backend": COMPUTE[compute]
         }  # fmt: skip
-    names = getattr(config, "architectures", None) or ["AutoModelForCausalLM"]
-    kind = getattr(transformers, names[0], transformers.AutoModelForCausalLM)
-    with _without_bar():
-        model: Any = kind.from_pretrained(
-            str(where),
-            dtype=dtype or "auto",
-            local_files_only=True,
-            use_safetensors=True,
-            config=config,
-        )
+    kind = compat.model_class(config) or transformers.AutoModelForCausalLM
+    try:
+        with _without_bar():
+            model: Any = kind.from_pretrained(
+                str(where),
+                dtype=dtype or "auto",
+                local_files_only=True,
+                use_safetensors=True,
+                config=config,
+            )
+    except InputError:
+        raise
+    except Exception as error:  # settings that contradict the tensors fail anywhere in there
+        raise InputError(
+            f"{where} cannot be loaded by transformers {transformers.__version__} "
+            f"({type(error).__name__}: {str(error)[-300:]}); its config.json and its tensors do "
+            "not fit together, or transformers is too old or too new for it"
+        ) from error
     return model.to(device_by_name(device_map)).eval()
 
 

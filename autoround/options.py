@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from autoround.errors import InputError
+from autoround.files import read_json
 from autoround.recipe import Recipe, recipe_by_name
 from autoround.scheme import Scheme
 from hal import device as devices
@@ -58,13 +59,14 @@ def build_recipe(name: str | None, changes: Mapping[str, Any]) -> Recipe:
 def parse_layer_config(text: str) -> dict[str, Any]:
     """JSON, the path of a JSON file, or the loose form ``{k_proj:{bits:8}}``."""
     if text.endswith(".json"):
-        if not Path(text).is_file():
+        if not Path(text).exists():
             raise InputError(f"layer_config file {text} does not exist")
-        text = Path(text).read_text()
+        remedy = 'write e.g. {"lm_head": {"bits": 8}}'
+        return read_json(Path(text), remedy)
     for candidate in (text, _quoted(text)):
         try:
             parsed = json.loads(candidate)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(parsed, dict):
             return parsed

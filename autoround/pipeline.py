@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import transformers
-
 from autoround import stream
 from autoround.artefact import Artefact, places
 from autoround.calib import TokenSet, load_tokens
@@ -16,7 +14,7 @@ from autoround.directory import claim
 from autoround.engine import Engine
 from autoround.errors import InputError
 from autoround.events import Calibrated, Finished, Listener, Planned, unheard
-from autoround.models import StreamedModel, survey_of
+from autoround.models import StreamedModel, survey_of, tokenizer_of
 from autoround.plan import make_plan
 from autoround.recipe import Recipe, shard_bytes
 from autoround.run import Run, Source
@@ -82,17 +80,21 @@ def _tokens(
             f"{type(streamed.model).__name__} does not run on text alone, so it cannot be tuned; "
             "use --recipe rtn"
         )
+    reason = ""
     if tokenizer is None:
-        tokenizer = load_tokenizer(streamed.checkpoint.path)
+        tokenizer, reason = tokenizer_of(streamed.checkpoint.path)
     config = streamed.model.config.get_text_config()
     limits = (
         getattr(config, "max_position_embeddings", None),
         getattr(tokenizer, "model_max_length", None),
     )
     seqlen = min([recipe.seqlen, *(n for n in limits if isinstance(n, int) and n > 0)])
-    tokens = load_tokens(
-        dataset, tokenizer, nsamples=recipe.nsamples, seqlen=seqlen, seed=recipe.seed
-    )
+    try:
+        tokens = load_tokens(
+            dataset, tokenizer, nsamples=recipe.nsamples, seqlen=seqlen, seed=recipe.seed
+        )
+    except InputError as error:
+        raise InputError(f"{error} ({reason})" if reason else str(error)) from error
     rows = streamed.model.get_input_embeddings().weight.shape[0]
     if int(tokens.ids.max()) >= rows:
         raise InputError(
@@ -100,13 +102,3 @@ def _tokens(
             "the tokenizer or the token ids belong to another model"
         )
     return tokens
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The checkpoint's own tokenizer, or None when it has none that loads."""
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except Exception:  # every way a tokenizer can be missing; load_tokens says so if it is needed
-        return None
-    # Without any files transformers makes up a tokenizer of special tokens alone.
-    return tokenizer if len(tokenizer) > 16 else None

@@ -82,16 +82,29 @@ def override(base: Scheme, changes: Mapping[str, Any] | str | Scheme, where: str
     if isinstance(changes, Scheme):
         return changes
     if isinstance(changes, str):
-        return scheme_by_name(changes)
+        changes = {"scheme": changes}
+    if not isinstance(changes, Mapping):
+        raise InputError(f"{where}: {changes!r:.60} is neither the name of a scheme nor its fields")
     fields = {k: v for k, v in changes.items() if v is not None}
     if "scheme" in fields:
-        base = scheme_by_name(str(fields.pop("scheme")))
+        try:
+            base = scheme_by_name(str(fields.pop("scheme")))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
     for name, allowed in _ACT_FIELDS.items():
         if fields.pop(name, None) not in allowed:
             raise InputError(f"{where}: {name}={changes[name]!r} is not supported by this version")
     if unknown := set(fields) - set(_FIELDS):
         raise InputError(f"{where}: unknown field {sorted(unknown)}; known: {', '.join(_FIELDS)}")
-    return replace(base, **fields)
+    kinds = {"bits": int, "group_size": int, "sym": bool}
+    if wrong := [name for name, value in fields.items() if type(value) is not kinds[name]]:
+        raise InputError(
+            f"{where}: {wrong[0]}={fields[wrong[0]]!r:.60} is no {kinds[wrong[0]].__name__}"
+        )
+    try:
+        return replace(base, **fields)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def pattern(key: str, names: Iterable[str]) -> list[str]:

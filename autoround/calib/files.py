@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,11 +11,17 @@ from typing import Any, overload
 
 from autoround.calib.rows import ROW_KEYS
 from autoround.errors import InputError
+from autoround.files import parse_json
+
+#: Bytes of the largest file that is read: its rows are held in memory.
+MOST = 4_000_000_000
 
 
 def is_file_name(name: str) -> bool:
     """Whether a dataset name means a local file: it exists, or it ends like one."""
     path = Path(name)
+    if any(len(part.encode(errors="replace")) > 255 for part in path.parts):
+        return False  # a text, not the name of a file
     return path.suffix.lower() in _READERS or path.exists()
 
 
@@ -27,6 +32,11 @@ def check_file(path: Path) -> None:
     if path.suffix.lower() not in _READERS or not path.is_file():
         kinds = ", ".join(_READERS)
         raise InputError(f"dataset {str(path)!r} cannot be read: give one file ending in {kinds}")
+    if path.stat().st_size > MOST:
+        raise InputError(
+            f"dataset {str(path)!r} has {path.stat().st_size / 1e9:.3g} GB: calibration wants some "
+            f"megabytes; give a part of it, of less than {MOST / 1e9:.3g} GB"
+        )
 
 
 def read_file(path: Path) -> Sequence[Any]:
@@ -74,13 +84,8 @@ class _JsonLines(_Rows):
 
     def row(self, index: int) -> Any:
         number, line = self._lines[index]
-        try:
-            return json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"dataset file {str(self._path)!r}, line {number}, is not JSON ({error.msg}): "
-                "every line must be one JSON value"
-            ) from error
+        where = f"dataset file {str(self._path)!r}, line {number},"
+        return parse_json(line, where, "every line must be one JSON value")
 
 
 class _Table(_Rows):
@@ -97,11 +102,8 @@ class _Table(_Rows):
 
 
 def _json(path: Path) -> Sequence[Any]:
-    try:
-        content = json.loads(path.read_text("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        hint = "rename it to .jsonl if it holds one value a line"
-        raise InputError(f"dataset file {str(path)!r} is not JSON ({error}): {hint}") from error
+    hint = "rename it to .jsonl if it holds one value a line"
+    content = parse_json(path.read_text("utf-8-sig"), f"dataset file {str(path)!r}", hint)
     if isinstance(content, list):
         return content
     if not isinstance(content, dict):
@@ -133,7 +135,7 @@ def _parquet(path: Path) -> Sequence[Any]:
         names = set(parquet.read_schema(path).names)
         wanted = sorted(names & ROW_KEYS)
         return _Table(parquet.read_table(path, columns=wanted or None))
-    except arrow.ArrowException as error:
+    except (arrow.ArrowException, ArithmeticError, LookupError, MemoryError, TypeError) as error:
         raise InputError(f"dataset file {str(path)!r} is not readable Parquet: {error}") from error
 
 

@@ -3,7 +3,7 @@
 
 from autoround.formats.contents import Contents, Module, Stored
 from autoround.formats.export import Export, Target, target
-from autoround.formats.read import RECORD, Quantized
+from autoround.formats.read import RECORD, UNREADABLE, Quantized
 from autoround.formats.row import Format
 from autoround.formats.table import CANONICAL, FORMATS, fit, formats_by_names
 
@@ -11,6 +11,7 @@ __all__ = [
     "CANONICAL",
     "FORMATS",
     "RECORD",
+    "UNREADABLE",
     "Contents",
     "Export",
     "Format",

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantized directories of any format, read as they are: their tensors decide, not their claims."""
 
-import json
 import math
 import re
 from collections import Counter
@@ -17,10 +16,11 @@ from torch import Tensor
 import hal
 from autoround.checkpoint import Checkpoint
 from autoround.errors import InputError
+from autoround.files import AGAIN, read_json
 from autoround.formats import awq, canonical, compressed, gptq, mlx
 from autoround.formats.contents import Contents, Module, Stored
 from autoround.formats.sink import DTYPES
-from autoround.header import AGAIN, BITS
+from autoround.header import BITS
 from autoround.scheme import KEEP_BITS, KEPT, TABLES, Scheme
 from hal import QTensor, Spec, Unsupported
 
@@ -34,6 +34,12 @@ PACKED_PARTS = (
     "weight_zero_point",
     "weight_g_idx",
 )
+
+#: What reading tensors that do not fit together, or settings that lie, may end in.
+UNREADABLE = (
+    ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, re.error,
+    MemoryError, Unsupported,
+)  # fmt: skip
 
 Read = Callable[["Quantized", str, dict[str, Tensor]], QTensor]
 
@@ -103,9 +109,69 @@ AUTO_ROUND = {
 COMPRESSED = ("pack-quantized", "int-quantized")
 
 
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(row, str) for row in value)
+
+
+def _tables(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(row, dict) for row in value.values())
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and -1 <= value < 1 << 31
+
+
+def _groups(value: Any) -> bool:
+    return _tables(value) and all(
+        _texts(row.get("targets")) and isinstance(row.get("weights"), dict)
+        for row in value.values()
+    )
+
+
+def _suffixes(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_texts, value))
+
+
+#: What a quantizer's settings may be, where they are there at all and not null.
+SETTINGS: dict[str, Callable[[Any], bool]] = {
+    "quant_method": lambda value: isinstance(value, str),
+    "bits": _whole,
+    "group_size": _whole,
+    "extra_config": _tables,
+    "dynamic": _tables,
+    "modules_to_not_convert": _texts,
+    "ignore": _texts,
+    "config_groups": _groups,
+    "modules_in_block_to_quantize": _suffixes,
+    "version": lambda value: isinstance(value, str),
+}
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json says of its quantization. Raises InputError for what no writer means."""
+    found: dict[str, Any] = {}
+    for part in ("quantization", "quantization_config"):  # MLX writes both
+        own = config.get(part) or {}
+        if not isinstance(own, dict):
+            raise InputError(f"{part} is {own!r:.60}, which says nothing")
+        rows = [*_rows(own, "extra_config"), *_rows(own, "dynamic")]
+        for row in (own, *rows):
+            for key, good in SETTINGS.items():
+                if row.get(key) is not None and not good(row[key]):
+                    raise InputError(f"{key} in {part} is {row[key]!r:.60}, which says nothing")
+        found = own or found
+    return found
+
+
+def _rows(own: Mapping[str, Any], key: str) -> Iterable[Any]:
+    """Settings of single modules."""
+    found = own.get(key) or {}
+    return found.values() if _tables(found) else ()
+
+
 def dialect_of(config: Mapping[str, Any]) -> Dialect:
     """The dialect that a config.json names. Raises InputError for one that cannot be read."""
-    own = config.get("quantization_config") or config.get("quantization") or {}
+    own = settings_of(config)
     method, known = str(own.get("quant_method", "")), ", ".join(AUTO_ROUND)
     if method == "auto-round":
         packing = str(own.get("packing_format", "auto_round:gptq"))
@@ -149,7 +215,10 @@ class Quantized:
 
     def __post_init__(self) -> None:
         self.checkpoint = Checkpoint(self.path, quantized=True)
-        self.dialect = dialect_of(self.config)
+        try:
+            self.dialect = dialect_of(self.config)
+        except InputError as error:
+            raise InputError(f"{self.path / 'config.json'}: {error}") from None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -159,20 +228,14 @@ class Quantized:
     def record(self) -> dict[str, Any]:
         """What we wrote beside the weights; empty for a directory of another program."""
         file = self.path / RECORD
-        if not file.is_file():
-            return {}
-        try:
-            record: dict[str, Any] = json.loads(file.read_text())
-        except ValueError as error:
-            raise InputError(f"{file} is not readable JSON ({error}); {AGAIN}") from None
-        return record
+        return read_json(file) if file.exists() else {}
 
     @cached_property
     def recorded(self) -> dict[str, Module]:
         """Modules by name, as a canonical directory records them."""
         try:
             rows = canonical.modules_from_json(self.record["contents"]["modules"])
-        except (KeyError, TypeError, ValueError) as error:
+        except UNREADABLE as error:
             raise InputError(
                 f"{self.path / RECORD} does not describe the weights ({error!r}); make the run anew"
             ) from None
@@ -202,7 +265,7 @@ class Quantized:
             if not key.endswith(marker):
                 continue
             prefix = key.removesuffix(marker)
-            if len(entry.shape) == 3:
+            if len(entry.shape) == 3 and entry.nbytes:
                 kind = str(self.config.get("model_type", ""))
                 names = mlx.expert_names(prefix, entry.shape[0], kind)
                 found |= {name: (prefix, e) for e, name in enumerate(names)}
@@ -260,7 +323,7 @@ class Quantized:
         parts = self.parts(name)
         try:
             q = _normal(self.dialect.read(self, name, parts))
-        except (ValueError, KeyError, RuntimeError, ZeroDivisionError, Unsupported) as error:
+        except UNREADABLE as error:
             raise InputError(f"{self.path}: {name} cannot be read: {error}; {AGAIN}") from None
         if not bool(torch.isfinite(q.parts["scale"]).all()):
             raise InputError(f"{self.path}: {name} has scales that are NaN or infinite; {AGAIN}")
@@ -311,7 +374,7 @@ class Quantized:
             }
             schemes = {name: Scheme(*row) for name, row in record["schemes"].items()}
             base, blocks = Scheme(*record["base"]), str(record["blocks"])
-        except (KeyError, TypeError, ValueError) as error:
+        except UNREADABLE as error:
             raise InputError(
                 f"{self.path / RECORD} does not describe the weights ({error!r}); make the run anew"
             ) from None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autoround.models.blocks import BlockList, find_blocks
+    from autoround.models.compat import tokenizer_of
     from autoround.models.drive import PausedForwards
     from autoround.models.loader import StreamedModel
     from autoround.models.samples import Call, Samples, split
@@ -32,6 +33,7 @@ _HOMES = {
     "skipped": "views",
     "split": "samples",
     "survey_of": "views",
+    "tokenizer_of": "compat",
     "trim": "store",
     "verify": "views",
     "views_of": "views",
@@ -52,6 +54,7 @@ __all__ = [
     "skipped",
     "split",
     "survey_of",
+    "tokenizer_of",
     "trim",
     "verify",
     "views_of",

@@ -4,6 +4,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from autoround.errors import InputError
+from autoround.files import read_json
 
 _bar = Lock()
 
@@ -53,10 +55,43 @@ def load_config(path: str, trust_remote_code: bool) -> Any:
         Exception
     ) as error:  # unknown model type, refused remote code, broken fields: all are the input's
         reason = " ".join(str(error).split())[:160]
+        code = () if trust_remote_code else remote_code(path)
+        remedy = (
+            f"it would run {', '.join(code)}: read that, then pass --trust-remote-code "
+            "(trust_remote_code=True if you trust its code)"
+            if code
+            else "update transformers, or download it again"
+        )
         raise InputError(
-            f"{path}: transformers {transformers.__version__} cannot read its config ({reason}); "
-            "update transformers, or pass trust_remote_code=True if you trust its code"
+            f"{path}: transformers {transformers.__version__} cannot read its config.json "
+            f"({reason}); {remedy}"
         ) from error
+
+
+def tokenizer_of(path: Path) -> tuple[Any, str]:
+    """The checkpoint's own tokenizer; or None, and why there is none that loads."""
+    for file in sorted(path.glob("*token*.json")):
+        try:
+            read_json(file)
+        except InputError as error:
+            return None, str(error)
+    try:
+        found = transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        # Without any files transformers makes up a tokenizer of special tokens alone.
+        return (found, "") if len(found) > 16 else (None, f"{path} has no tokenizer files")
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # of every kind, and panics of native code are no Exceptions
+        reason = " ".join(str(error).split())[:160]
+        return None, f"the tokenizer files in {path} do not load: {reason}"
+
+
+def remote_code(path: str) -> list[str]:
+    """Python files that a checkpoint's config.json asks to run, by the names it gives."""
+    told = read_json(Path(path) / "config.json").get("auto_map")
+    rows = told.values() if isinstance(told, dict) else ()
+    names = [row for value in rows for row in (value if isinstance(value, list) else [value])]
+    return sorted({f"{name.rpartition('.')[0]}.py" for name in names if isinstance(name, str)})
 
 
 def skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
@@ -79,9 +114,17 @@ def skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     return model
 
 
+def model_class(config: Any) -> Any:
+    """The class that a config names, where it is a model of transformers; else None."""
+    names = getattr(config, "architectures", None)
+    name = names[0] if isinstance(names, list) and names else None
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if known and found is not transformers.PreTrainedModel else None
+
+
 def _construct(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    names = getattr(config, "architectures", None) or []
-    native = getattr(transformers, names[0], None) if names else None
+    native = model_class(config)
     if native is not None and not (trust_remote_code and getattr(config, "auto_map", None)):
         return native._from_config(config, dtype=dtype)
     auto_map = getattr(config, "auto_map", None) or {}
@@ -95,7 +138,8 @@ def _construct(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     except (ValueError, ImportError, KeyError) as error:
         reason = " ".join(str(error).split())[:160]
         raise InputError(
-            f"no model class for {names or config.model_type} ({reason}); update transformers"
+            f"no model class for {config.architectures or config.model_type} ({reason}); "
+            "update transformers"
         ) from error
 
 

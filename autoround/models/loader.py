@@ -10,7 +10,7 @@ from torch import nn
 
 from autoround.checkpoint import Checkpoint
 from autoround.errors import InputError
-from autoround.header import AGAIN
+from autoround.files import AGAIN
 from autoround.models import compat
 from autoround.models.blocks import BlockList, find_blocks
 
@@ -47,7 +47,15 @@ class StreamedModel:
                 "e.g. model.to(torch.bfloat16).save_pretrained(...)"
             )
         self.device = device or torch.empty(0).device
-        self.model: Any = compat.skeleton(config, self.dtype, trust_remote_code)
+        try:
+            self.model: Any = compat.skeleton(config, self.dtype, trust_remote_code)
+        except InputError as error:
+            raise InputError(f"{checkpoint.path}: {error}") from error
+        except Exception as error:  # whatever a model makes of settings that nobody meant
+            raise InputError(
+                f"{checkpoint.path / 'config.json'} makes no {config.model_type} "
+                f"({type(error).__name__}: {str(error)[:200]}); {AGAIN}"
+            ) from error
         self.blocks: BlockList = find_blocks(self.model, blocks)
         self._homes, self.unused = compat.sources(self.model, checkpoint.entries)
         self.sources = {name: home.keys for name, home in self._homes.items()}

@@ -107,9 +107,9 @@ def _tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         for index in range(config["num_hidden_layers"]):
             block = _attention(config) | _feed_forward(config, index)
             shapes |= {f"model.layers.{index}.{name}": shape for name, shape in block.items()}
-    except (KeyError, TypeError):
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
         return {}
-    return shapes
+    return shapes if all(type(n) is int for shape in shapes.values() for n in shape) else {}
 
 
 def _attention(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

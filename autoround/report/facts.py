@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 import hal
-from autoround.checkpoint import Checkpoint, read_json, resolve
+from autoround.checkpoint import Checkpoint, resolve
 from autoround.errors import InputError
 from autoround.evaluate import Evaluation, Pair, Positions
+from autoround.files import read_json
 from autoround.formats import CANONICAL, RECORD, Quantized
 from autoround.options import device_by_name
 from autoround.report.layers import Layer, measure

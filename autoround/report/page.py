@@ -211,14 +211,14 @@ def _layers(r: Report) -> Iterator[str]:
         yield _figure(
             "Relative error of outputs",
             _grid(errors, lambda x: x.output_error or 0.0),
-            f"On one sample of held-out text; darker is more. Below rounding to nearest in "
+            f"On one sample of held-out text; strong colour is much. Below rounding to nearest in "
             f"{better} of {len(errors)} layers. At the right: mean.",
         )
     elif weighed := [layer for layer in r.layers if layer.weight_error is not None]:
         yield _figure(
             "Relative error of weights",
             _grid(weighed, lambda x: x.weight_error or 0.0),
-            "Darker is more. At the right: mean.",
+            "Strong colour is much. At the right: mean.",
         )
     yield _figure(
         "Bits a weight",

@@ -14,9 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoround.checkpoint import INDEX, Checkpoint, read_json
+from autoround.checkpoint import INDEX, Checkpoint
 from autoround.errors import InputError
-from autoround.formats import CANONICAL, FORMATS, RECORD, Contents, Format, Module, Quantized
+from autoround.files import read_json
+from autoround.formats import (
+    CANONICAL,
+    FORMATS,
+    RECORD,
+    UNREADABLE,
+    Contents,
+    Format,
+    Module,
+    Quantized,
+)
 from autoround.formats.row import Place, furthest
 from autoround.verify import decode
 from autoround.verify.claims import RULES, Claim
@@ -81,6 +91,8 @@ def verify(
         _Check(path, run, verdict).all(trusted=trusted)
     except InputError as error:
         verdict.differences.append(str(error))
+    except UNREADABLE as error:
+        verdict.differences.append(f"{path / RECORD} or config.json cannot be read: {error!r:.200}")
     return verdict
 
 
@@ -141,8 +153,15 @@ class _Check:
             else:
                 tasks += self._packed(self.contents, self.run, self.files)
             tasks += self._kept(self.contents, self.run)
-        _side_by_side(tasks)
+        _side_by_side(partial(self._guarded, task) for task in tasks)
         self.verdict.differences.sort()
+
+    def _guarded(self, task: Task) -> None:
+        """What lies about its shape can fail anywhere: a difference like any other."""
+        try:
+            task()
+        except UNREADABLE as error:
+            self._differs(f"{_subject(task)} cannot be compared: {error!r:.200}")
 
     def _differs(self, text: str) -> None:
         with self._lock:
@@ -217,7 +236,7 @@ class _Check:
     def _numbers(self, files: Quantized, name: str) -> Numbers | None:
         try:
             return _decoded(files, name)
-        except (InputError, RuntimeError, ValueError, KeyError, ZeroDivisionError) as error:
+        except UNREADABLE as error:
             self._differs(f"{name} cannot be decoded: {error}")
             return None
 
@@ -265,7 +284,11 @@ class _Check:
 
     def _claimed(self, name: str, numbers: Numbers, inside: bool) -> None:
         """The config must say of the module what its tensors show."""
-        claim = self._claim(name, inside)
+        try:
+            claim = self._claim(name, inside)
+        except UNREADABLE as error:
+            self._differs(f"config.json does not say what {name} is: {error!r:.200}")
+            return
         if claim is None:
             self._differs(f"{name} has codes, but config.json says it is not quantized")
             return
@@ -294,7 +317,11 @@ class _Check:
         if files.dialect.name == "mlx":
             return  # its readers look for tensors, not claims
         for name in kept:
-            if self._claim(name, contents.inside(name)) is not None:
+            try:
+                claim = self._claim(name, contents.inside(name))
+            except UNREADABLE:
+                continue  # said of the quantized ones
+            if claim is not None:
                 self._differs(f"{name} stays in 16 bits, but config.json says it is quantized")
 
     def _dense(self, contents: Contents, run: Quantized) -> Iterator[Task]:
@@ -396,6 +423,12 @@ def _same_bytes(a: Tensor, b: Tensor) -> bool:
     return torch.equal(x[:whole].view(torch.int64), y[:whole].view(torch.int64)) and torch.equal(
         x[whole:], y[whole:]
     )
+
+
+def _subject(task: Task) -> str:
+    """The tensor or module that a task is about."""
+    names = [a for a in getattr(task, "args", ()) if isinstance(a, str | Module)]
+    return next((a.name if isinstance(a, Module) else a for a in names), "something")
 
 
 def _inside(name: str) -> bool:

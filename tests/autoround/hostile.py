@@ -26,10 +26,11 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-SECONDS = 20.0
+SECONDS = 60.0
 #: What one case may add to the address space, and to memory that is really used.
 MEMORY, RESIDENT = 3 << 30, 1 << 30
 FORMATS = "auto_round,auto_awq,auto_gptq:v2,llm_compressor,mlx,fake"
@@ -43,7 +44,7 @@ class Subject:
     """A command on a copy of one directory of the corpus, and the files in it that are damaged.
 
     ``{at}`` is the copy, ``{file}`` the damaged file, ``{out}`` a new directory, ``{corpus}`` the
-    undamaged corpus.
+    undamaged corpus. ``words``: what a refusal may say instead of a file's name.
     """
 
     name: str
@@ -51,10 +52,12 @@ class Subject:
     files: str
     command: str
     weight: int = 1
+    words: tuple[str, ...] = ()
 
 
 RTN = "--iters 0 --group-size 32 -q"
 TUNE = "--nsamples 2 --seqlen 16 --batch-size 2 --group-size 32 -q"
+READ = f"{TUNE} --recipe rtn-searched"
 EVAL = "--nsamples 2 --seqlen 16"
 ROUND = f"quantize {{at}} -o {{out}} {RTN}"
 DATA = "{corpus}/run/auto_round --against {corpus}/qwen3 --dataset {file}"
@@ -71,21 +74,24 @@ SUBJECTS: dict[str, Subject] = {
         Subject("quantize unknown", "unknown", "config.json", ROUND),
         Subject("plan", "llama", "*.json", "plan {at} -o {out}"),
         Subject("tune config", "qwen3", "config.json",
-                f"quantize {{at}} -o {{out}} --dataset {{corpus}}/data/ids.jsonl {TUNE}", 3),
+                f"quantize {{at}} -o {{out}} --dataset {{corpus}}/data/ids.jsonl {TUNE}", 3,
+                words=("puts out NaN or infinity",)),
         Subject("tune experts", "moe", "config.json",
-                f"quantize {{at}} -o {{out}} --dataset {{corpus}}/data/ids.jsonl {TUNE}"),
+                f"quantize {{at}} -o {{out}} --dataset {{corpus}}/data/ids.jsonl {TUNE}",
+                words=("puts out NaN or infinity",)),
         Subject("tune weights", "qwen3", "*.safetensors",
                 f"quantize {{at}} -o {{out}} --dataset {{corpus}}/data/ids.jsonl {TUNE}"),
         Subject("tune tokenizer", "qwen3", "tokenizer*.json",
-                f"quantize {{at}} -o {{out}} --dataset {{corpus}}/data/text.txt {TUNE}", 2),
+                f"quantize {{at}} -o {{out}} --dataset {{corpus}}/data/text.txt {READ}", 2),
         Subject("dataset", "data", "*s.json*",
-                f"quantize {{corpus}}/qwen3 -o {{out}} --dataset {{file}} {TUNE}", 3),
+                f"quantize {{corpus}}/qwen3 -o {{out}} --dataset {{file}} {READ}", 3),
         Subject("dataset text", "data", "text.txt",
-                f"quantize {{corpus}}/qwen3 -o {{out}} --dataset {{file}} {TUNE}"),
+                f"quantize {{corpus}}/qwen3 -o {{out}} --dataset {{file}} {READ}"),
         Subject("dataset parquet", "data", "*.parquet",
-                f"quantize {{corpus}}/qwen3 -o {{out}} --dataset {{file}} {TUNE}", 2),
+                f"quantize {{corpus}}/qwen3 -o {{out}} --dataset {{file}} {READ}", 2),
         Subject("layer config", "recipe", "layers.json",
-                f"quantize {{corpus}}/llama -o {{out}} --layer-config {{file}} {RTN}"),
+                f"quantize {{corpus}}/llama -o {{out}} --layer-config {{file}} {RTN}",
+                words=("layer_config", "layer pattern", "one tensor and need one scheme")),
         *(Subject(f"{verb} {name}", f"run/{place}", files, command, 2)
           for name, place in RUNS.items()
           for verb, files, command in (
@@ -100,6 +106,13 @@ SUBJECTS: dict[str, Subject] = {
         Subject("eval float", "qwen3", "*.*",
                 f"eval {{corpus}}/run/auto_round --against {{at}} {EVAL}"),
         Subject("eval dataset", "data", "*s.json*", f"eval {DATA} {EVAL}"),
+        Subject("report", "run", "auto_[ar]*/*.*",
+                f"report {{at}} --against {{corpus}}/qwen3 {EVAL}", 2),
+        Subject("report float", "qwen3", "*.*",
+                f"report {{corpus}}/run/mlx -o {{out}} --against {{at}} {EVAL}"),
+        Subject("resume", "begun", "journal/*",
+                f"quantize {{corpus}}/qwen3 -o {{at}} --dataset {{corpus}}/data/ids.jsonl {TUNE}",
+                2, words=("--fresh",)),
         Subject("generate float", "qwen3", "*.json", "generate {at} hello --max-new-tokens 2"),
     )
 }  # fmt: skip
@@ -149,7 +162,27 @@ def make_corpus(root: Path) -> Path:
     with contextlib.suppress(SystemExit):
         cli.run(arguments)
     assert (root / "run/fake/config.json").is_file(), "the corpus itself cannot be made"
+    _begin(root)
     return root
+
+
+def _begin(root: Path) -> None:
+    """A run that was stopped after its first block."""
+    from autoround import cli
+    from autoround.journal import Journal
+
+    command = f"quantize {root}/qwen3 -o {root}/begun --dataset {root}/data/ids.jsonl {TUNE}"
+    commit = Journal.commit
+
+    def stop(journal: Journal, row: dict[str, Any]) -> None:
+        commit(journal, row)
+        raise KeyboardInterrupt
+
+    Journal.commit = stop  # type: ignore[method-assign]
+    with contextlib.suppress(SystemExit):
+        cli.run(command.split())
+    Journal.commit = commit  # type: ignore[method-assign]
+    assert (root / "begun/journal/run.json").is_file(), "the corpus itself cannot be made"
 
 
 def add_tokenizer(path: Path) -> None:
@@ -604,7 +637,7 @@ def mutations(file: Path) -> list[str]:
         return ["index"] * 8 + [*TREE, *BYTES]
     if file.name == "config.json":
         return [*CONFIG] * 5 + [*TREE, *BYTES]
-    if file.suffix in (".json", ".jsonl"):
+    if file.suffix in (".json", ".jsonl") and file.parent.name != "journal":  # those are sealed
         return [*TREE, *TREE, *BYTES]
     return [*BYTES, "encode"]
 
@@ -622,24 +655,33 @@ def draw(corpus: Path, seed: int, subjects: Sequence[str] = ()) -> str:
     return f"{subject.name}/{name}/{rng.choice(mutations(file))}/{seed}"
 
 
-def run(corpus: Path, case: str, seconds: float = SECONDS) -> Outcome:
+#: A case by its name, or a subject, a file of it and what is done to that.
+Case = str | tuple[str, str, Callable[[Path], None]]
+
+
+def run(corpus: Path, case: Case, seconds: float = SECONDS) -> Outcome:
     """One case in a child of its own."""
-    name, _, rest = case.partition("/")
-    file, mutation, seed = rest.rsplit("/", 2)
+    if isinstance(case, str):
+        name, _, rest = case.partition("/")
+        file, mutation, seed = rest.rsplit("/", 2)
+        damage = partial(ALL[mutation], rng=random.Random(int(seed)))
+    else:
+        name, file, damage = case
     subject = SUBJECTS[name]
     with tempfile.TemporaryDirectory(prefix="hostile") as folder:
         at = Path(folder) / "given"
         shutil.copytree(corpus / subject.source, at)
         damaged = at / file
-        ALL[mutation](damaged, random.Random(int(seed)))
+        damage(damaged)
         places = {"at": at, "file": damaged, "out": Path(folder) / "out", "corpus": corpus}
         arguments = [word.format(**places) for word in subject.command.split()]
         started = time.monotonic()
         status, said, mebibytes = _forked(arguments, Path(folder) / "said", seconds)
-        kind, line = _judge(status, said, (damaged.name, str(at)))
+        names = (damaged.name, str(at), *subject.words)
+        kind, line = _judge(status, said, names)
         if mebibytes > RESIDENT >> 20:
             kind = "bomb"
-        return Outcome(case, kind, line, round(time.monotonic() - started, 3), mebibytes)
+        return Outcome(str(case), kind, line, round(time.monotonic() - started, 3), mebibytes)
 
 
 def _forked(arguments: list[str], said: Path, seconds: float) -> tuple[int | None, str, int]:
@@ -665,8 +707,11 @@ def _forked(arguments: list[str], said: Path, seconds: float) -> tuple[int | Non
 def _child(arguments: list[str], said: Path) -> None:
     code = 70
     try:
-        from autoround import cli
+        from autoround import cli, failure
 
+        # An unexpected error is one line to users; here we want to know where it came from.
+        failure.unexpected = _unexpected
+        failure.Recorder.bundle = lambda _, error, *rest: _unexpected(error)  # type: ignore
         file = os.open(said, os.O_WRONLY | os.O_CREAT)
         os.dup2(file, 1)
         os.dup2(file, 2)
@@ -685,6 +730,11 @@ def _child(arguments: list[str], said: Path) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _unexpected(error: BaseException, *rest: Any) -> Any:
+    traceback.print_exception(error)
+    return ""
 
 
 def _status(key: str) -> int:
@@ -718,7 +768,7 @@ def _judge(status: int | None, said: str, names: Sequence[str]) -> tuple[str, st
     return ("refused" if any(name in line for name in names) else "nameless"), line
 
 
-def campaign(corpus: Path, cases: Sequence[str]) -> list[Outcome]:
+def campaign(corpus: Path, cases: Sequence[Case]) -> list[Outcome]:
     """Every case; the heavy imports are done once, here, for all children."""
     import torch
 
@@ -767,6 +817,8 @@ def _print(outcomes: Sequence[Outcome], *, verbose: bool) -> None:
     total: Counter[str] = sum(table.values(), Counter())
     for name, row in [*sorted(table.items()), ("all", total)]:
         print(f"| {name} | " + " | ".join(str(row[k]) for k in kinds) + " |")
+    if not outcomes:
+        return
     slow = max(outcomes, key=lambda o: o.seconds)
     print(f"slowest {slow.seconds} s ({slow.case}), most memory "
           f"{max(o.mebibytes for o in outcomes)} MiB")  # fmt: skip

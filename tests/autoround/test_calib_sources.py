@@ -156,7 +156,7 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     [
         ("gone.jsonl", None, "does not exist"),
         ("a.csv", b"x", "ending in .jsonl, .json, .txt, .parquet"),
-        ("a.jsonl", b'{"text": "ab"}\n{oops}\n', "line 2, is not JSON"),
+        ("a.jsonl", b'{"text": "ab"}\n{oops}\n', "line 2, is not readable JSON"),
         ("a.json", b'{"text": "ab"}\n{"text": "cd"}\n', "rename it to .jsonl"),
         ("a.json", b"3", "one bare value"),
         ("a.txt", b"\xff\xfe\x00", "not UTF-8"),

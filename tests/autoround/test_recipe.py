@@ -200,7 +200,7 @@ def test_layer_config_file(tmp_path: Path) -> None:
     file.write_text('{"a": {"bits": 3}}')
     assert parse_layer_config(str(file)) == {"a": {"bits": 3}}
     file.write_text("{")
-    with pytest.raises(InputError, match="is not JSON"):
+    with pytest.raises(InputError, match="is not readable JSON"):
         parse_layer_config(str(file))
     with pytest.raises(InputError, match=r"nope\.json does not exist"):
         parse_layer_config(str(tmp_path / "nope.json"))
