@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from autoround.calib import load_tokens
 from autoround.evaluate import evaluate
-from autoround.pipeline import load_tokenizer
+from autoround.models import tokenizer_of
 from autoround.recipe import RECIPES
 from benchmarks import _peer
 from benchmarks._plot import Point, scatter
@@ -158,7 +158,7 @@ def _run(key: Key, where: Path) -> Row:
     model, scheme, method, seed, count = key
     source, (who, changes) = _directory(model), METHODS[method]
     made = load_tokens(
-        None, load_tokenizer(source), nsamples=count, seqlen=MODELS[model], seed=seed
+        None, tokenizer_of(source)[0], nsamples=count, seqlen=MODELS[model], seed=seed
     )
     own = where.absolute() / "-".join(map(str, key)).replace(" ", "-")
     shutil.rmtree(own, ignore_errors=True)
