@@ -81,10 +81,12 @@ class Journal:
                 self.rows, self._last = [row for row, _ in rows], rows[-1][1]
                 self.begun, self._committed = True, time.monotonic()
                 return
-        self._clear()
-        self.begun, self._committed = True, time.monotonic()
         text = json.dumps(signature).encode()
-        write_whole(run, text)
+        for path in self.directory.glob("[0-9]*.json"):
+            path.unlink()
+        write_whole(run, text)  # before anything else goes: the directory is a run's at any instant
+        self.begun, self._committed = True, time.monotonic()
+        self._clear()
         self._last = hashlib.sha256(text).hexdigest()
 
     def commit(self, row: dict[str, Any]) -> None:
@@ -151,10 +153,9 @@ class Journal:
         )
 
     def _clear(self) -> None:
-        """Leave nothing of an earlier run but the lock; the run.json of it goes first."""
-        (self.directory / RUN).unlink(missing_ok=True)
+        """Leave nothing of an earlier run."""
         for path in [*self.directory.iterdir(), *self.output.iterdir()]:
-            if path != self.directory and path.name != LOCK:
+            if path != self.directory and path.name not in (LOCK, RUN):
                 path.unlink() if path.is_file() or path.is_symlink() else shutil.rmtree(path)
 
 
