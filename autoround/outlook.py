@@ -22,6 +22,7 @@ from autoround.log import Lines, Log
 from autoround.models import StreamedModel, survey_of
 from autoround.models.survey import by_names
 from autoround.plan import ModelPlan, make_plan
+from autoround.probe import Pace, pace
 from autoround.recipe import Recipe, shard_bytes
 from autoround.run import Source, free_bytes, resident_bytes
 
@@ -54,7 +55,8 @@ class Fit:
 class Outlook:
     """``files``: directory -> name and bytes of each file of weights, exactly as they will be.
     ``free``: bytes of the disk that the output goes to. ``needs``: memory and disk of the run.
-    ``fit``: whether that is within the limits given, and if not, what would be."""
+    ``fit``: whether that is within the limits given, and if not, what would be.
+    ``pace``: the time, where it was probed."""
 
     plan: ModelPlan
     kinds: tuple[Kind, ...]
@@ -62,6 +64,7 @@ class Outlook:
     free: int
     needs: Needs
     fit: Fit
+    pace: Pace | None = None
 
     @property
     def nbytes(self) -> int:
@@ -83,6 +86,8 @@ class Outlook:
             "vram": self.needs.device,
             "disk": self.needs.disk,
             "free": self.free,
+            "seconds": self.pace and self.pace.seconds,
+            "seconds_range": self.pace and [*self.pace.range],
             "fits": self.fit.refused is None,
             "refused": self.fit.refused,
             "change": changed and {"options": changed[0], "ram": changed[1].ram,
@@ -90,8 +95,17 @@ class Outlook:
         }  # fmt: skip
 
 
-def outlook(recipe: Recipe, source: Source, output: Path, limits: Limits | None = None) -> Outlook:
+def outlook(
+    recipe: Recipe,
+    source: Source,
+    output: Path,
+    limits: Limits | None = None,
+    *,
+    probed: bool = False,
+) -> Outlook:
     """Decide everything that headers decide. Raises InputError for what a run would refuse.
+
+    ``probed``: and try the first blocks, for the time.
 
     Memory is that of a run in a process like this one, which has imported the same.
     """
@@ -123,7 +137,7 @@ def outlook(recipe: Recipe, source: Source, output: Path, limits: Limits | None 
             f"{parent} has {free / 1e9:.2f} GB free, the run writes {found.nbytes / 1e9:.2f} GB; "
             "choose another -o, or fewer formats"
         )
-    return found
+    return replace(found, pace=pace(recipe, source, output)) if probed else found
 
 
 def planned_files(plan: ModelPlan, recipe: Recipe, output: Path) -> dict[Path, dict[str, int]]:

@@ -35,6 +35,12 @@ def outlook_tables(found: "Outlook") -> list[Table | str]:
         f"memory: {size(need.ram)} at most ({held})",
         f"disk: {device}{size(need.disk)} at most, {size(found.free)} free",
     ]
+    if found.pace:
+        least, most = found.pace.range
+        lines.append(
+            f"time: {clock(found.pace.seconds)} ({clock(least)} to {clock(most)}), "
+            f"{found.pace.block:.1f} s a block"
+        )
     if found.fit.refused:
         lines.append(f"does not fit: {found.fit.refused}")
         if change := found.fit.change:

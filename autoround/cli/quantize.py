@@ -320,19 +320,24 @@ def plan(
     ram: Annotated[str | None, option("Memory there is, e.g. 16GB: what makes it fit?")] = None,
     vram: Annotated[str | None, option("Memory of the device, e.g. 8GB.")] = None,
     disk: Annotated[str | None, option("Room on the disk, e.g. 20GB.")] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Try the first blocks, for the time it will take.")
+    ] = False,
     json_output: Json = False,
 ) -> None:
     """Say what `quantize` would do, to the byte, from headers alone; exit code 1 = does not fit."""
-    _foresee(job, {"ram": ram, "vram": vram, "disk": disk}, json_output)
+    _foresee(job, {"ram": ram, "vram": vram, "disk": disk}, json_output, probed=probe)
 
 
-def _foresee(job: Job, given: "dict[str, str | None]", json_output: bool) -> None:
+def _foresee(
+    job: Job, given: "dict[str, str | None]", json_output: bool, *, probed: bool = False
+) -> None:
     from autoround.estimate import Limits, bytes_of
     from autoround.outlook import outlook
     from autoround.tables import outlook_tables
 
     limits = Limits(**{name: bytes_of(text, name) for name, text in given.items() if text})
-    found = outlook(job.recipe, job.source(), job.output, limits)
+    found = outlook(job.recipe, job.source(), job.output, limits, probed=probed)
     if json_output:
         typer.echo(json.dumps(found.to_json()))
     else:

@@ -17,6 +17,7 @@ from autoround.errors import InputError
 from autoround.estimate import Limits, bytes_of, groups, needs, savings
 from autoround.options import build_recipe
 from autoround.outlook import Outlook, outlook
+from autoround.probe import few
 from autoround.recipe import Recipe
 
 Saved = Callable[..., Path]
@@ -194,3 +195,27 @@ def test_plan_as_json_and_its_exit_code(saved: Saved, capsys: pytest.CaptureFixt
         assert found["nbytes"] == sum(sum(f.values()) for f in found["files"].values())
         assert {*found["tensors"]} == {*Checkpoint(saved("llama")).entries}
         assert found["ram"] == sum(found["memory"].values())
+
+
+def test_a_probe_tells_what_the_run_takes(saved: Saved, tmp_path: Path) -> None:
+    """From two blocks with few samples and few steps: three blocks with more of both."""
+    text = tmp_path / "text.jsonl"
+    ids = torch.randint(0, 90, (32, 16), generator=torch.Generator().manual_seed(0))
+    text.write_text("\n".join(json.dumps({"input_ids": row.tolist()}) for row in ids))
+    given = {"group_size": 32, "nsamples": 32, "seqlen": 16, "dataset": str(text)}
+    source = pipeline.Source(saved("llama"), torch.device("cpu"))
+    found = outlook(build_recipe("light", given), source, tmp_path / "out", probed=True).pace
+    assert found is not None
+    assert found.blocks == 3
+    assert 0 < found.block < found.seconds
+    least, most = found.range
+    assert least < found.seconds < most
+    assert not [path for path in tmp_path.iterdir() if "probe" in path.name]
+
+
+def test_a_probe_tries_samples_and_steps() -> None:
+    tried = few(build_recipe("signround", {"nsamples": 128, "iters": 200}))
+    assert [(r.nsamples, r.iters) for r in tried] == [(8, 4), (24, 4), (8, 12)]
+    tried = few(build_recipe("signround", {"nsamples": 5, "iters": 6}))
+    assert [(r.nsamples, r.iters) for r in tried] == [(5, 4), (5, 6)]
+    assert few(build_recipe("rtn", {})) == [build_recipe("rtn", {})]
