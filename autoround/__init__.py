@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from autoround.api import AutoRound
     from autoround.errors import InputError
     from autoround.formats import FORMATS
-    from autoround.loading import load
-    from autoround.pipeline import quantize
+    from autoround.inference.loading import load
     from autoround.recipe import RECIPES, Recipe
-    from autoround.run import Source
+    from autoround.run.pipeline import quantize
+    from autoround.run.record import Source
     from autoround.scheme import SCHEMES, Scheme
 
 _HOMES = {
@@ -29,9 +29,9 @@ _HOMES = {
     "Recipe": "recipe",
     "SCHEMES": "scheme",
     "Scheme": "scheme",
-    "Source": "run",
-    "load": "loading",
-    "quantize": "pipeline",
+    "Source": "run.record",
+    "load": "inference.loading",
+    "quantize": "run.pipeline",
 }
 __all__ = [
     "FORMATS",

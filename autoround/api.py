@@ -9,16 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from autoround import pipeline
-from autoround.artefact import places
-from autoround.directory import check_output
 from autoround.errors import InputError
 from autoround.export import export
 from autoround.formats import formats_by_names
-from autoround.loading import load
+from autoround.inference.loading import load
 from autoround.options import build_recipe, default_output, device_by_name, split_names
 from autoround.recipe import Recipe, shard_bytes
-from autoround.run import Run, Source
+from autoround.run import pipeline
+from autoround.run.artefact import places
+from autoround.run.directory import check_output
+from autoround.run.record import Run, Source
 from autoround.scheme import Scheme
 from autoround.settled import settled
 

@@ -19,7 +19,7 @@ import torch
 
 import hal
 from autoround.models.store import available_bytes
-from autoround.run import free_bytes
+from autoround.run.record import free_bytes
 from autoround.version import VERSION
 from hal import device as devices
 from hal.roofline import limits, share

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from autoround.calib import TokenSet, load_tokens, pack
 from autoround.checkpoint import DTYPES, Checkpoint, resolve
-from autoround.decoder import Plain, decoder
 from autoround.errors import InputError
 from autoround.floats import (
     Floats,
@@ -28,7 +27,8 @@ from autoround.floats import (
     log_probabilities,
     over,
 )
-from autoround.loading import load
+from autoround.inference.decoder import Plain, decoder
+from autoround.inference.loading import load
 from autoround.models import tokenizer_of
 from autoround.options import device_by_name
 from hal import QExperts, QLinear, Weight
@@ -382,7 +382,7 @@ def decode_speed(
     """Tokens per second of greedy decoding after ``prompt [1, L]``; the models take turns.
 
     A model with quantized layers decodes as `autoround generate` does where it can
-    (`autoround.decoder`), the others in transformers.
+    (`autoround.inference.decoder`), the others in transformers.
     """
     runs = [_steps(model, prompt.to(model.device), steps) for model in models]
     rates: list[list[float]] = [[] for _ in models]

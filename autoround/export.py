@@ -6,10 +6,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from autoround.artefact import OF_FORMAT, Artefact, places
-from autoround.directory import check_output, output_directory
 from autoround.errors import InputError
 from autoround.formats import CANONICAL, Format, Quantized, Target, target
+from autoround.run.artefact import OF_FORMAT, Artefact, places
+from autoround.run.directory import check_output, output_directory
 from autoround.verify import Verdict, prove
 from autoround.version import VERSION
 

@@ -12,9 +12,9 @@ from unittest import mock
 from rich.console import Console
 from rich.table import Table
 
-from autoround import engine, pipeline
 from autoround.evaluate import evaluate
 from autoround.options import build_recipe, device_by_name
+from autoround.run import engine, pipeline
 from autoround.stages import Feedback, Kept, Measure, Search, Stage, WeightedSearch, feedback
 
 MODEL = Path(__file__).parent / "models" / "pgdoc"

@@ -24,11 +24,12 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import hal
-from autoround import decoder, load
+from autoround import load
 from autoround.evaluate import evaluate
+from autoround.inference import decoder
 from autoround.options import build_recipe
-from autoround.pipeline import quantize
-from autoround.run import Source
+from autoround.run.pipeline import quantize
+from autoround.run.record import Source
 from benchmarks._peer import ABSENT, Peer, installed
 from hal import QLinear, Weight
 

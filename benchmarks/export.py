@@ -25,7 +25,7 @@ import json, sys, time
 from pathlib import Path
 from autoround.export import write
 from autoround.formats import formats_by_names
-from autoround.run import peak_bytes
+from autoround.run.record import peak_bytes
 from autoround.verify import verify
 before, start = peak_bytes(), time.perf_counter()
 what, run, name, out = sys.argv[1:]

@@ -24,10 +24,10 @@ from benchmarks.decode import random_model
 OWN = """
 import json, sys, time
 from pathlib import Path
-from autoround import stream
+from autoround.run import stream
 from autoround.checkpoint import Checkpoint
 from autoround.options import build_recipe
-from autoround.run import Silent, peak_bytes
+from autoround.run.record import Silent, peak_bytes
 start = time.perf_counter()
 stream.quantize(build_recipe("rtn", {}), Checkpoint(sys.argv[1]), Path(sys.argv[2]), Silent())
 print(json.dumps([time.perf_counter() - start, peak_bytes()]))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stands between the products of a decoder block: norm, attention over a cache, gate.
 
-Not verbs: they know nothing of quantization, and serve `autoround.decoder` so that a token costs
-its products and little else. Results are rounded to the tensors' dtype where the plain model rounds
-them; sums are in f32 and their order is the implementation's own.
+Not verbs: they know nothing of quantization, and serve `autoround.inference.decoder` so that a
+token costs its products and little else. Results are rounded to the tensors' dtype where the plain
+model rounds them; sums are in f32 and their order is the implementation's own.
 """
 
 from collections.abc import Callable

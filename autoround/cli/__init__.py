@@ -73,7 +73,7 @@ def run(arguments: list[str]) -> None:
     except Stopped as stop:
         fail(str(stop), stop.code)
     except Exception as error:
-        from autoround.failure import unexpected
+        from autoround.run.failure import unexpected
 
         fail(unexpected(error, arguments), 1)
     except SystemExit as end:  # typer turns ctrl-C into this code without a word

@@ -17,8 +17,8 @@ def doctor(
     json_output: Json = False,
 ) -> None:
     """Prove and time the kernels here; look at disk, memory, versions, what is missing."""
+    from autoround.cli.tables import doctor_parts
     from autoround.doctor import examine
-    from autoround.tables import doctor_parts
 
     found = examine(directory or Path())
     if json_output:

@@ -24,7 +24,7 @@ def evaluate(
     import json
 
     from autoround import evaluate as evaluation
-    from autoround.tables import evaluation_table
+    from autoround.cli.tables import evaluation_table
 
     result = evaluation.evaluate(
         model,
@@ -53,9 +53,9 @@ def report(
     device_map: Device = None,
 ) -> None:
     """Write report.html, report.json and the model card README.md of a finished run."""
+    from autoround.cli.tables import evaluation_table
     from autoround.report import Choices
     from autoround.report import report as write
-    from autoround.tables import evaluation_table
 
     choices = Choices(against, dataset, nsamples, seqlen, device_map)
     found, files = write(run, output, choices)
@@ -76,7 +76,7 @@ def generate(
     device_map: Device = None,
 ) -> None:
     """Continue a text; the tokens a second go to stderr."""
-    from autoround import generation
+    from autoround.inference import generation
 
     text = sys.stdin.read() if prompt == "-" else prompt
     writer = generation.Writer(model, compute=compute.value, device_map=device_map)

@@ -19,9 +19,9 @@ from autoround.errors import InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from autoround.events import Listener
     from autoround.recipe import Recipe
-    from autoround.run import Run, Source
+    from autoround.run.events import Listener
+    from autoround.run.record import Run, Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Job:
     def source(self) -> "Source":
         """The model and its means. Raises InputError for a device that is not there."""
         from autoround.options import device_by_name
-        from autoround.run import Source
+        from autoround.run.record import Source
 
         device = device_by_name(self.device_map)
         means = (self.trust_remote_code, self.low_cpu_mem_usage, self.fresh)
@@ -249,12 +249,12 @@ def quantize(
     if dry_run:
         _foresee(job, {}, json_output)
         return
-    from autoround.events import together
-    from autoround.failure import Recorder, advice, said
-    from autoround.log import Lines, Log
-    from autoround.outlook import Forecast
-    from autoround.tables import summary
-    from autoround.terminal import Terminal
+    from autoround.cli.tables import summary
+    from autoround.cli.terminal import Terminal
+    from autoround.run.events import together
+    from autoround.run.failure import Recorder, advice, said
+    from autoround.run.log import Lines, Log
+    from autoround.run.outlook import Forecast
 
     out = console(quiet, aside=json_output)
     lines = [Lines(sys.stdout)] if json_output else []
@@ -294,11 +294,11 @@ def _started(job: Job) -> dict[str, str]:
 
 def _run(job: Job, listener: "Listener", out: "Console") -> "Run":
     """The run, in the way that needs the least: without a model where names say enough."""
-    from autoround import stream
     from autoround.checkpoint import Checkpoint, resolve
+    from autoround.run import stream
 
     if job.budget or job.target_kl is not None:
-        from autoround import budget
+        from autoround.run import budget
 
         goal = budget.goal(job.budget, job.target_kl)
         run, rungs = budget.quantize(job.recipe, job.source(), job.output, goal, listener=listener)
@@ -309,7 +309,7 @@ def _run(job: Job, listener: "Listener", out: "Console") -> "Run":
     source = job.source()
     if checkpoint and stream.refuse(job.recipe, checkpoint) is None:
         return stream.quantize(job.recipe, checkpoint, job.output, listener, fresh=job.fresh)
-    from autoround import pipeline
+    from autoround.run import pipeline
 
     return pipeline.quantize(job.recipe, source, job.output, listener=listener)
 
@@ -332,9 +332,9 @@ def plan(
 def _foresee(
     job: Job, given: "dict[str, str | None]", json_output: bool, *, probed: bool = False
 ) -> None:
-    from autoround.estimate import Limits, bytes_of
-    from autoround.outlook import outlook
-    from autoround.tables import outlook_tables
+    from autoround.cli.tables import outlook_tables
+    from autoround.run.estimate import Limits, bytes_of
+    from autoround.run.outlook import outlook
 
     limits = Limits(**{name: bytes_of(text, name) for name, text in given.items() if text})
     found = outlook(job.recipe, job.source(), job.output, limits, probed=probed)

@@ -40,7 +40,7 @@ def stoppable() -> Iterator[None]:
 
 
 def noted(message: str, error: BaseException) -> str:
-    """A message, and what the run says of what it leaves (`autoround.directory.claim`)."""
+    """A message, and what the run says of what it leaves (`autoround.run.directory.claim`)."""
     return "; ".join([message, *getattr(error, "__notes__", [])])
 
 

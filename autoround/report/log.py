@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from autoround.log import NAME
+from autoround.run.log import NAME
 
 #: Longer logs are read from their end.
 MOST = 1 << 26

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from autoround.options import build_recipe
-from autoround.pipeline import quantize
-from autoround.run import Source, peak_bytes
+from autoround.run.pipeline import quantize
+from autoround.run.record import Source, peak_bytes
 
 
 def main() -> None:

@@ -111,9 +111,9 @@ def _one(wanted: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     for module in (
         "autoround.cli",
-        "autoround.pipeline",
-        "autoround.failure",
-        "autoround.terminal",
+        "autoround.run.pipeline",
+        "autoround.run.failure",
+        "autoround.cli.terminal",
     ):
         importlib.import_module(module)
     for family in FAMILIES:

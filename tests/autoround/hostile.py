@@ -169,7 +169,7 @@ def make_corpus(root: Path) -> Path:
 def _begin(root: Path) -> None:
     """A run that was stopped after its first block."""
     from autoround import cli
-    from autoround.journal import Journal
+    from autoround.run.journal import Journal
 
     command = f"quantize {root}/qwen3 -o {root}/begun --dataset {root}/data/ids.jsonl {TUNE}"
     commit = Journal.commit
@@ -707,7 +707,8 @@ def _forked(arguments: list[str], said: Path, seconds: float) -> tuple[int | Non
 def _child(arguments: list[str], said: Path) -> None:
     code = 70
     try:
-        from autoround import cli, failure
+        from autoround import cli
+        from autoround.run import failure
 
         # An unexpected error is one line to users; here we want to know where it came from.
         failure.unexpected = _unexpected

@@ -387,7 +387,7 @@ def test_nothing_was_computed_before_the_refusals(
     def never(*_: Any) -> None:
         raise AssertionError("work was done")
 
-    monkeypatch.setattr("autoround.stream._Rounding.all", never)
+    monkeypatch.setattr("autoround.run.stream._Rounding.all", never)
     refused(model, *RTN, "--ignore-layers", "nope", words=["matches no layer"])
     with pytest.raises(SystemExit):
         cli.run(["quantize", str(model), "-o", str(model.parent / "out"), *RTN])

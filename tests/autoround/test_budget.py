@@ -9,9 +9,9 @@ import pytest
 import torch
 import zoo
 
-from autoround import budget, pipeline
 from autoround.errors import InputError
 from autoround.options import build_recipe
+from autoround.run import budget, pipeline
 
 CPU = torch.device("cpu")
 ROWS = [[3 + (i * 7 + j) % 100 for j in range(16)] for i in range(200)]

@@ -183,7 +183,7 @@ def test_interrupted(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("autoround.stream._Rounding.all", stop)
+    monkeypatch.setattr("autoround.run.stream._Rounding.all", stop)
     assert here("quantize", str(llama), "-o", str(tmp_path / "out"), "--iters", "0") == 130
     assert "error: stopped" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

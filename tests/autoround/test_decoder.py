@@ -12,13 +12,14 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import hal
-from autoround import decoder, load
+from autoround import load
 from autoround.cli import app
 from autoround.errors import InputError
 from autoround.evaluate import evaluate
+from autoround.inference import decoder
 from autoround.options import build_recipe
-from autoround.pipeline import quantize
-from autoround.run import Source
+from autoround.run.pipeline import quantize
+from autoround.run.record import Source
 from hal import QLinear, Weight
 from hal.backends import cpu
 from hal.testing import quantized, weights

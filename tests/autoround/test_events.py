@@ -11,10 +11,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from autoround import cli, log, pipeline
-from autoround.events import Event, to_json, together
+from autoround import cli
+from autoround.cli.terminal import Pace, Terminal
 from autoround.options import build_recipe
-from autoround.terminal import Pace, Terminal
+from autoround.run import log, pipeline
+from autoround.run.events import Event, to_json, together
 from autoround.verify import verify
 
 Saved = Callable[..., Path]

@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoRoundConfig
 
 import autoround
-from autoround import pipeline
 from autoround.cli import run as command
 from autoround.errors import InputError
 from autoround.export import convert, export
@@ -25,6 +24,7 @@ from autoround.formats import FORMATS, Quantized, formats_by_names
 from autoround.formats.table import holds
 from autoround.options import build_recipe
 from autoround.recipe import Recipe
+from autoround.run import pipeline
 from autoround.verify import verify
 from hal import QLinear
 

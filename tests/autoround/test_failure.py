@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from autoround import cli
-from autoround.failure import advice, describe
-from autoround.reproduce import reproduce
+from autoround.run.failure import advice, describe
+from autoround.run.reproduce import reproduce
 from autoround.stages import Feedback, SignRound
 
 Saved = Callable[..., Path]

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hal
-from autoround import pipeline
-from autoround.events import Event, Step
 from autoround.models import Call, Samples
 from autoround.options import build_recipe
+from autoround.run import pipeline
+from autoround.run.events import Event, Step
 from autoround.stages import BlockTask, Feedback, Kept, LayerTask, Measure, Search
 from autoround.stages.inputs import dataflow, expert_moments, gain, moments
 from autoround.stages.quadratic import Grid, damped, descend, feedback, refit

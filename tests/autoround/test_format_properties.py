@@ -17,7 +17,6 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from autoround.artefact import Artefact
 from autoround.errors import InputError
 from autoround.export import convert
 from autoround.formats import (
@@ -31,6 +30,7 @@ from autoround.formats import (
     target,
 )
 from autoround.formats.table import holds
+from autoround.run.artefact import Artefact
 from autoround.scheme import KEEP_BITS, Scheme
 from autoround.verify import verify
 from hal import QTensor, Spec

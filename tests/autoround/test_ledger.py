@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from autoround import artefact, pipeline
 from autoround.checkpoint import Checkpoint
 from autoround.errors import InputError
-from autoround.ledger import Ledger
 from autoround.options import build_recipe
-from autoround.run import Source
+from autoround.run import artefact, pipeline
+from autoround.run.ledger import Ledger
+from autoround.run.record import Source
 
 FATES = {"a": "copied", "b": "quantized u4:g32:f16"}
 Saved = Callable[..., Path]

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 import autoround
 import hal
-from autoround import pipeline
 from autoround.errors import InputError
 from autoround.options import build_recipe
+from autoround.run import pipeline
 from hal import QExperts, QLinear
 
 ROOT = Path(__file__).parents[2]

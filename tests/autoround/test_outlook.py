@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from autoround import pipeline
 from autoround.checkpoint import Checkpoint
 from autoround.cli import run as command
 from autoround.errors import InputError
-from autoround.estimate import Limits, bytes_of, groups, needs, savings
 from autoround.options import build_recipe
-from autoround.outlook import Outlook, outlook
-from autoround.probe import few
 from autoround.recipe import Recipe
+from autoround.run import pipeline
+from autoround.run.estimate import Limits, bytes_of, groups, needs, savings
+from autoround.run.outlook import Outlook, outlook
+from autoround.run.probe import few
 
 Saved = Callable[..., Path]
 

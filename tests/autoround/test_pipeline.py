@@ -17,11 +17,11 @@ import transformers
 import zoo
 from safetensors.torch import load_file, save_file
 
-from autoround import artefact, engine, pipeline, stream
 from autoround.errors import InputError
 from autoround.formats import Export, Stored
 from autoround.formats.sink import ShardSink
 from autoround.options import build_recipe
+from autoround.run import artefact, engine, pipeline, stream
 
 ROOT = Path(__file__).parents[2]
 PGDOC = ROOT / "benchmarks/models/pgdoc"
@@ -638,7 +638,7 @@ def test_sink_refuses_what_was_not_planned(tmp_path: Path) -> None:
 CHILD = """
 import resource, sys, torch
 from pathlib import Path
-from autoround import pipeline
+from autoround.run import pipeline
 from autoround.options import build_recipe
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 source, out = map(Path, sys.argv[1:])

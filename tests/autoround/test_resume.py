@@ -13,11 +13,11 @@ import pytest
 import torch
 import zoo
 
-from autoround import chains, engine, journal, pipeline
 from autoround.checkpoint import Checkpoint
 from autoround.errors import InputError
 from autoround.options import build_recipe
-from autoround.run import Run, Source
+from autoround.run import chains, engine, journal, pipeline
+from autoround.run.record import Run, Source
 
 CPU = torch.device("cpu")
 ROWS = [list(range(3 + i, 19 + i)) for i in range(8)]  # token ids for tuning
@@ -228,7 +228,7 @@ def test_another_run_is_refused(
         monkeypatch.setitem(globals(), "ROWS", [[3, *row[1:]] for row in ROWS])
         message = r"calibration\.digest"
     elif case == "version":
-        monkeypatch.setattr("autoround.signature.VERSION", "9.9")
+        monkeypatch.setattr("autoround.run.signature.VERSION", "9.9")
         message = r'autoround "[^"]*", now it is "9\.9"'
     what = "a finished run" if finished else "a run begun"
     with pytest.raises(InputError, match=f"holds {what} with {message}.*--fresh, or choose"):

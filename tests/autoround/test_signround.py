@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import hal
-from autoround import engine, pipeline
 from autoround.models import Call, Samples
 from autoround.options import build_recipe
 from autoround.recipe import Recipe
+from autoround.run import engine, pipeline
 from autoround.scheme import Scheme
 from autoround.stages import BlockTask, LayerTask, Measure, Search, SignRound, WeightedSearch
 from autoround.stages.search import filled

@@ -14,11 +14,11 @@ import torch
 import zoo
 from safetensors.torch import load_file, save_file
 
-from autoround import pipeline, stream
 from autoround.checkpoint import Checkpoint
 from autoround.errors import InputError
 from autoround.options import build_recipe
 from autoround.recipe import Recipe
+from autoround.run import pipeline, stream
 
 HOST = torch.empty(0).device
 #: name -> what of the zoo's model is changed

@@ -13,11 +13,11 @@ import torch
 import zoo
 from safetensors.torch import load_file, save_file
 
-from autoround import pipeline
 from autoround.export import export
 from autoround.formats import formats_by_names
 from autoround.options import build_recipe
-from autoround.run import Source
+from autoround.run import pipeline
+from autoround.run.record import Source
 from autoround.verify import verify
 
 FORMATS = (

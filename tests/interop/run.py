@@ -28,12 +28,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from autoround import pipeline
 from autoround.errors import InputError
 from autoround.export import export
 from autoround.formats import formats_by_names
 from autoround.options import build_recipe
-from autoround.run import Source
+from autoround.run import pipeline
+from autoround.run.record import Source
 
 HERE = Path(__file__).resolve().parent
 sys.path += [str(HERE.parent / "autoround"), str(HERE.parents[1])]

@@ -23,10 +23,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import autoround
-from autoround import pipeline
 from autoround.checkpoint import resolve
 from autoround.formats import FORMATS, Quantized
 from autoround.options import build_recipe
+from autoround.run import pipeline
 from hal import QExperts, QLinear
 
 HERE = Path(__file__).parent

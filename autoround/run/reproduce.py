@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Repeats the stages of one block from what `autoround.failure` kept of it."""
+"""Repeats the stages of one block from what `autoround.run.failure` kept of it."""
 
 import json
 from pathlib import Path
@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 import hal
-from autoround import chains
-from autoround.engine import held_out, samples_at_once, stages_of
-from autoround.failure import BLOCK, FACTS
 from autoround.models import Call, Samples, compat, find_blocks
 from autoround.models.survey import WeightView
 from autoround.recipe import Recipe
+from autoround.run import chains
+from autoround.run.engine import held_out, samples_at_once, stages_of
+from autoround.run.failure import BLOCK, FACTS
 from autoround.stages import BlockTask, LayerTask
 from autoround.stages.task import hidden
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autoround.calib import TokenSet
-    from autoround.plan import ModelPlan
-    from autoround.run import BlockReport, Run
+    from autoround.run.plan import ModelPlan
+    from autoround.run.record import BlockReport, Run
     from autoround.stages import BlockTask
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run from outside: what it is given, what it leaves. `autoround.events`: what it tells."""
+"""One run from outside: what it is given, what it leaves. `autoround.run.events`: what it tells."""
 
 import math
 import resource
@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from autoround.artefact import Artefact
 from autoround.calib import TokenSet
 from autoround.checkpoint import Checkpoint
 from autoround.errors import InputError
-from autoround.events import Listener
-from autoround.plan import ModelPlan
-from autoround.signature import Signature
+from autoround.run.artefact import Artefact
+from autoround.run.events import Listener
+from autoround.run.plan import ModelPlan
+from autoround.run.signature import Signature
 from autoround.verify import Verdict, prove
 
 

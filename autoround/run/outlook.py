@@ -10,21 +10,21 @@ from typing import Any
 import torch
 
 import hal
-from autoround import stream
-from autoround.artefact import places
 from autoround.checkpoint import Checkpoint, resolve
 from autoround.errors import InputError
-from autoround.estimate import Limits, Needs, needs, savings
-from autoround.events import Event, Planned
 from autoround.formats import Module, Target
 from autoround.formats.sink import file_sizes
-from autoround.log import Lines, Log
 from autoround.models import StreamedModel, survey_of
 from autoround.models.survey import by_names
-from autoround.plan import ModelPlan, make_plan
-from autoround.probe import Pace, pace
 from autoround.recipe import Recipe, shard_bytes
-from autoround.run import Source, free_bytes, resident_bytes
+from autoround.run import stream
+from autoround.run.artefact import places
+from autoround.run.estimate import Limits, Needs, needs, savings
+from autoround.run.events import Event, Planned
+from autoround.run.log import Lines, Log
+from autoround.run.plan import ModelPlan, make_plan
+from autoround.run.probe import Pace, pace
+from autoround.run.record import Source, free_bytes, resident_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,19 +6,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from autoround import stream
-from autoround.artefact import Artefact, places
 from autoround.calib import TokenSet, load_tokens
 from autoround.checkpoint import Checkpoint, resolve
-from autoround.directory import claim
-from autoround.engine import Engine
 from autoround.errors import InputError
-from autoround.events import Calibrated, Finished, Listener, Planned, unheard
 from autoround.models import StreamedModel, survey_of, tokenizer_of
-from autoround.plan import make_plan
 from autoround.recipe import Recipe, shard_bytes
-from autoround.run import Run, Source
-from autoround.signature import signature
+from autoround.run import stream
+from autoround.run.artefact import Artefact, places
+from autoround.run.directory import claim
+from autoround.run.engine import Engine
+from autoround.run.events import Calibrated, Finished, Listener, Planned, unheard
+from autoround.run.plan import make_plan
+from autoround.run.record import Run, Source
+from autoround.run.signature import signature
 
 
 def quantize(

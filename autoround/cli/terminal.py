@@ -19,13 +19,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from autoround.events import BlockDone, BlockStarted, Calibrated, Event, Planned, Resumed, Step
-from autoround.run import free_bytes, peak_bytes, resident_bytes
-from autoround.tables import clock, size
+from autoround.cli.tables import clock, size
+from autoround.run.events import BlockDone, BlockStarted, Calibrated, Event, Planned, Resumed, Step
+from autoround.run.record import free_bytes, peak_bytes, resident_bytes
 
 if TYPE_CHECKING:  # a run that builds no model imports no transformers
-    from autoround.plan import ModelPlan
-    from autoround.run import BlockReport
+    from autoround.run.plan import ModelPlan
+    from autoround.run.record import BlockReport
 
 #: Column -> its width and how soon a narrow terminal goes without it (0 = never).
 COLUMNS = {

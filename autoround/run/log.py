@@ -2,7 +2,7 @@
 """A run's events as JSON lines: on disk beside the result, and on stdout for programs.
 
 Every line has ``event``, ``time`` (UTC) and ``at`` (seconds since the listener was made); the other
-keys are those of `autoround.events.to_json`. The log on disk begins with ``started``: the
+keys are those of `autoround.run.events.to_json`. The log on disk begins with ``started``: the
 ``command`` and the ``model`` it was given.
 """
 
@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from autoround.events import Calibrated, Event, Planned, to_json
+from autoround.run.events import Calibrated, Event, Planned, to_json
 
 #: Its name in the directory that a run writes. Times make it differ from run to run: it belongs to
 #: no format, and nothing is derived from it but reports.

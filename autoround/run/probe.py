@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from autoround import pipeline
-from autoround.events import BlockDone, BlockStarted, Event, Planned, Resumed, Step
 from autoround.recipe import Recipe
-from autoround.run import Source
+from autoround.run import pipeline
+from autoround.run.events import BlockDone, BlockStarted, Event, Planned, Resumed, Step
+from autoround.run.record import Source
 
 SAMPLES, STEPS = (8, 24), (4, 12)
 #: Share by which a run may differ where the blocks tried did not: other blocks, other neighbours.

@@ -8,10 +8,10 @@ from rich.table import Table
 
 if TYPE_CHECKING:  # a run that builds no model imports no transformers
     from autoround.doctor import Diagnosis
-    from autoround.estimate import Needs
     from autoround.evaluate import Evaluation
-    from autoround.outlook import Outlook
-    from autoround.run import Run
+    from autoround.run.estimate import Needs
+    from autoround.run.outlook import Outlook
+    from autoround.run.record import Run
 
 
 def outlook_tables(found: "Outlook") -> list[Table | str]:

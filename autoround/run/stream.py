@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 import hal
-from autoround.artefact import Artefact, places
 from autoround.checkpoint import Checkpoint
-from autoround.directory import claim
 from autoround.errors import InputError
-from autoround.events import BlockDone, Finished, Listener, Planned, Resumed
-from autoround.journal import Journal
 from autoround.models.survey import EXPERT, by_names, computed_in, refuse_names
-from autoround.plan import Layer, ModelPlan, make_plan
 from autoround.recipe import Recipe, shard_bytes
-from autoround.run import BlockReport, Run, peak_bytes
-from autoround.signature import Signature, signature
+from autoround.run.artefact import Artefact, places
+from autoround.run.directory import claim
+from autoround.run.events import BlockDone, Finished, Listener, Planned, Resumed
+from autoround.run.journal import Journal
+from autoround.run.plan import Layer, ModelPlan, make_plan
+from autoround.run.record import BlockReport, Run, peak_bytes
+from autoround.run.signature import Signature, signature
 
 
 def refuse(recipe: Recipe, checkpoint: Checkpoint) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 from autoround.errors import InputError
 from autoround.files import read_json
 from autoround.formats import CANONICAL, RECORD
-from autoround.journal import HOME, LOCK, RUN, Journal
+from autoround.run.journal import HOME, LOCK, RUN, Journal
 
 #: What a run, its exports and reports leave in a directory; --fresh removes nothing else.
 OURS = (

@@ -19,8 +19,8 @@ from autoround.formats import CANONICAL, RECORD, Contents, Export, Module, Targe
 from autoround.formats.canonical import to_json
 from autoround.formats.export import Written
 from autoround.header import read_header
-from autoround.journal import settle
-from autoround.ledger import Ledger
+from autoround.run.journal import settle
+from autoround.run.ledger import Ledger
 from hal import QTensor
 
 #: What a journal holds of the files: fates of tensors, and for every directory the tensor and piece

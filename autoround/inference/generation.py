@@ -5,9 +5,9 @@ import time
 from collections.abc import Iterator
 
 from autoround.checkpoint import resolve
-from autoround.decoder import continuation
 from autoround.errors import InputError
-from autoround.loading import load
+from autoround.inference.decoder import continuation
+from autoround.inference.loading import load
 from autoround.models import tokenizer_of
 
 

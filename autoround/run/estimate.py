@@ -17,8 +17,8 @@ from autoround.errors import InputError
 from autoround.formats.contents import Contents
 from autoround.models.store import COPIES, available_bytes
 from autoround.models.survey import WeightView
-from autoround.plan import Layer, ModelPlan
 from autoround.recipe import Recipe
+from autoround.run.plan import Layer, ModelPlan
 
 #: What a run adds to a process that has made its plan: code and pools of kernels, the tokenizer.
 PROCESS = 40_000_000

@@ -14,12 +14,8 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 import hal
-from autoround import chains
-from autoround.artefact import Artefact
 from autoround.calib import TokenSet
 from autoround.errors import InputError
-from autoround.events import BlockDone, BlockFailed, BlockStarted, Resumed, Step
-from autoround.journal import Journal
 from autoround.models import (
     Call,
     PausedForwards,
@@ -31,9 +27,13 @@ from autoround.models import (
     trim,
     verify,
 )
-from autoround.plan import Layer
 from autoround.recipe import Recipe
-from autoround.run import BlockReport, Run, peak_bytes
+from autoround.run import chains
+from autoround.run.artefact import Artefact
+from autoround.run.events import BlockDone, BlockFailed, BlockStarted, Resumed, Step
+from autoround.run.journal import Journal
+from autoround.run.plan import Layer
+from autoround.run.record import BlockReport, Run, peak_bytes
 from autoround.stages import (
     BlockTask,
     Feedback,

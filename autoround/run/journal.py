@@ -3,7 +3,7 @@
 
     run.json      the signature: everything that can change a bit of the result
     00000.json    rows, in order; each ends with the sha256 of the one before it and itself
-    *.chains      what passes between blocks after the last row (`autoround.chains`)
+    *.chains      what passes between blocks after the last row (`autoround.run.chains`)
     lock          held while a run writes to the directory
 
 A row is written last, after all that it speaks of is on the disk: temporary file, fsync, rename,
@@ -29,7 +29,7 @@ EVERY = 10.0  # seconds between rows where a block takes less
 
 
 class Journal:
-    """The rows of one run; made by `autoround.directory.claim`, which holds the lock meanwhile.
+    """The rows of one run; made by `autoround.run.directory.claim`, which holds the lock meanwhile.
 
     ``rows``: what is committed, oldest first, once `begin` has been called. ``record``: what a
     finished run left in the directory; None where there is none, or ``fresh`` asks for another.

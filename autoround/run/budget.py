@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from autoround import pipeline
-from autoround.artefact import places
-from autoround.directory import check_output
 from autoround.errors import InputError
 from autoround.evaluate import evaluate
-from autoround.events import Listener, unheard
 from autoround.recipe import Recipe
-from autoround.run import Run, Source
+from autoround.run import pipeline
+from autoround.run.artefact import places
+from autoround.run.directory import check_output
+from autoround.run.events import Listener, unheard
+from autoround.run.record import Run, Source
 
 FIRST, MOST, FACTOR = 32, 4096, 4  # samples, and how their number grows
 LEAST_GAIN = 1.25  # a run with fewer samples more than that is not worth its time

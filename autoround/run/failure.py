@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoround.chains import Digests, Spool
-from autoround.events import BlockFailed, Event, Planned
-from autoround.plan import Layer, ModelPlan
 from autoround.recipe import Recipe
-from autoround.run import Source, peak_bytes, resident_bytes
+from autoround.run.chains import Digests, Spool
+from autoround.run.events import BlockFailed, Event, Planned
+from autoround.run.plan import Layer, ModelPlan
+from autoround.run.record import Source, peak_bytes, resident_bytes
 from autoround.version import VERSION
 
 #: Samples of the inputs that are kept.
@@ -36,7 +36,7 @@ SCRIPT = f'''"""Repeats the block that failed: python reproduce.py, with autorou
 
 from pathlib import Path
 
-from autoround.reproduce import reproduce
+from autoround.run.reproduce import reproduce
 
 reproduce(Path(__file__).parent)
 '''
