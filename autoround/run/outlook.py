@@ -5,16 +5,16 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import hal
+from autoround import models
 from autoround.checkpoint import Checkpoint, resolve
 from autoround.errors import InputError
 from autoround.formats import Module, Target
 from autoround.formats.sink import file_sizes
-from autoround.models import StreamedModel, survey_of
 from autoround.models.survey import by_names
 from autoround.recipe import Recipe, shard_bytes
 from autoround.run import stream
@@ -23,8 +23,10 @@ from autoround.run.estimate import Limits, Needs, needs, savings
 from autoround.run.events import Event, Planned
 from autoround.run.log import Lines, Log
 from autoround.run.plan import ModelPlan, make_plan
-from autoround.run.probe import Pace, pace
 from autoround.run.record import Source, free_bytes, resident_bytes
+
+if TYPE_CHECKING:  # a run that builds no model imports no transformers
+    from autoround.run.probe import Pace
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ class Outlook:
     free: int
     needs: Needs
     fit: Fit
-    pace: Pace | None = None
+    pace: "Pace | None" = None
 
     @property
     def nbytes(self) -> int:
@@ -113,10 +115,10 @@ def outlook(
     if stream.refuse(recipe, checkpoint) is None:
         survey, dtype = by_names(checkpoint), torch.bfloat16
     else:
-        streamed = StreamedModel(
+        streamed = models.StreamedModel(
             checkpoint, device=source.device, trust_remote_code=source.trust_remote_code
         )
-        survey, dtype = survey_of(streamed), streamed.dtype
+        survey, dtype = models.survey_of(streamed), streamed.dtype
     plan = make_plan(survey, recipe)
     files, free, base = planned_files(plan, recipe, output), free_bytes(output), resident_bytes()
 
@@ -137,7 +139,11 @@ def outlook(
             f"{parent} has {free / 1e9:.2f} GB free, the run writes {found.nbytes / 1e9:.2f} GB; "
             "choose another -o, or fewer formats"
         )
-    return replace(found, pace=pace(recipe, source, output)) if probed else found
+    if probed:
+        from autoround.run.probe import pace
+
+        return replace(found, pace=pace(recipe, source, output))
+    return found
 
 
 def planned_files(plan: ModelPlan, recipe: Recipe, output: Path) -> dict[Path, dict[str, int]]:

@@ -73,7 +73,7 @@ def _write(weights: Mapping[str, QTensor], formats: Sequence[Format], where: Pat
             if module := contents.modules.get(key):
                 artefact.put(module, weights[module.name])
             else:
-                artefact.keep(key, _kept(key, stored.shape))
+                artefact.keep(key, _kept(key, stored.shape), None)
     artefact.describe({})
     return run
 
