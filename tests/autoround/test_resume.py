@@ -316,17 +316,23 @@ def begun(source: Path, out: Path, blocks: int = 2) -> None:
             run(source, out)
 
 
+#: What is damaged, and what is said of it. Without run.json there is no run, without the last row
+#: an earlier one.
+DAMAGE = [
+    ("journal/run.json", "not as it was written"),
+    ("journal/00000.json", "not as it was written"),
+    ("journal/00001.json", "not as it was written"),
+    ("model.safetensors.partial", "not what was written there"),
+    ("canonical/model.safetensors.partial", "not what was written there"),
+]
+GONE = ("journal/run.json", "journal/00001.json")
+
+
 @pytest.mark.parametrize(
-    ("file", "message"),
-    [
-        ("journal/run.json", "not as it was written"),
-        ("journal/00000.json", "not as it was written"),
-        ("journal/00001.json", "not as it was written"),
-        ("model.safetensors.partial", "not what was written there"),
-        ("canonical/model.safetensors.partial", "not what was written there"),
-    ],
-)
-@pytest.mark.parametrize("how", ["flip", "cut", "gone"])
+    ("file", "message", "how"),
+    [(*row, how) for row in DAMAGE for how in ("flip", "cut", "gone")
+     if how != "gone" or row[0] not in GONE],
+)  # fmt: skip
 def test_damage_is_found(
     file: str, message: str, how: str, saved: Saved, tmp_path: Path,
     stops: Callable[[bool], None],
@@ -346,8 +352,6 @@ def test_damage_is_found(
         path.write_bytes(data[:at])
     else:
         path.unlink()
-    if how == "gone" and file in ("journal/run.json", "journal/00001.json"):
-        pytest.skip("then it is no run, or an earlier one")
     with pytest.raises(InputError, match=f"{message}|cut short|No such file|is not the file"):
         run(source, out)
 
