@@ -385,8 +385,13 @@ class Quantized:
     def _measured(self, module: Module) -> Module:
         """With the least of its zero levels, which was not known when the run was planned."""
         zero = f"{module.name}.zero"
-        if zero not in self.checkpoint.entries:
+        entry = self.checkpoint.entries.get(zero)
+        if entry is None:
             return module
+        if entry.dtype != "U8":
+            raise InputError(
+                f"{self.path}: zero levels {zero} are {entry.dtype}, not U8; make the run anew"
+            )
         return replace(module, least_zero=int(self.checkpoint.get(zero).min()))
 
 

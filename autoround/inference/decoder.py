@@ -136,8 +136,17 @@ class Plain:
 
     @torch.inference_mode()
     def extend(self, ids: Tensor) -> Tensor:
-        """Append ``ids [M]`` i64; logits ``[V]`` after the last."""
-        out = self._model(input_ids=ids[None], past_key_values=self._cache, use_cache=True)
+        """Append ``ids [M]`` i64; logits ``[V]`` after the last. InputError for a model that
+        cannot run."""
+        given = {"input_ids": ids[None], "past_key_values": self._cache, "use_cache": True}
+        try:
+            out = self._model(**given)
+        except Exception as error:  # settings that contradict each other fail anywhere in there
+            name, config = type(self._model).__name__, self._model.config
+            raise InputError(
+                f"{config.name_or_path}/config.json: {name} does not run with it "
+                f"({type(error).__name__}: {error}); take it from the model again"
+            ) from error
         self._cache = out.past_key_values
         logits: Tensor = out.logits[0, -1]
         return logits

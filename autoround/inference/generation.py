@@ -4,6 +4,8 @@
 import time
 from collections.abc import Iterator
 
+from torch import Tensor
+
 from autoround.checkpoint import resolve
 from autoround.errors import InputError
 from autoround.inference.decoder import continuation
@@ -29,7 +31,24 @@ class Writer:
         self.model, self.compute = load(where, device_map=device_map, compute=compute), compute
         if self.model.get_output_embeddings() is None:
             raise InputError(f"{type(self.model).__name__} is no language model; it cannot write")
-        self.report = ""
+        self.report, self._where = "", where
+
+    def _tokens(self, text: str) -> Tensor:
+        """``text`` in tokens that the model has. Raises InputError."""
+        try:
+            ids: Tensor = self.tokenizer(text, return_tensors="pt").input_ids[0]
+        except Exception as error:  # its settings may contradict each other in any way
+            raise InputError(
+                f"{self._where}/tokenizer_config.json: the tokenizer does not read text ({error}); "
+                "take it from the model again"
+            ) from error
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        if not len(ids) or int(ids.max()) >= rows:
+            raise InputError(
+                f"{self._where}/tokenizer.json makes {ids.tolist()[:8]} of the prompt, the model "
+                f"has {rows} tokens; take it from the model again"
+            )
+        return ids.to(self.model.device)
 
     def write(
         self, text: str, limit: int, *, temperature: float = 0.0, seed: int = 0
@@ -40,7 +59,7 @@ class Writer:
         """
         if not text:
             raise InputError("the prompt is empty; give some text to continue")
-        ids = self.tokenizer(text, return_tensors="pt").input_ids[0].to(self.model.device)
+        ids = self._tokens(text)
         most = self.model.config.get_text_config().max_position_embeddings
         if len(ids) + limit > most:
             raise InputError(
