@@ -7,11 +7,9 @@ those with 8-bit activations against f64 on the activations as they are then.
 
 import importlib.util
 import os
-import platform
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ import torch
 import hal
 from autoround.models.store import available_bytes
 from autoround.run.record import free_bytes
-from autoround.version import VERSION
+from autoround.version import versions
 from hal import device as devices
 from hal.roofline import limits, share
 from hal.testing import TOLERANCE, check, quantized, relative_error, weights
@@ -89,7 +87,7 @@ class Diagnosis:
 
 def examine(where: Path) -> Diagnosis:
     """Look at this machine and at the disk of a directory, in a few seconds."""
-    found = Diagnosis(_versions())
+    found = Diagnosis(versions(PACKAGES))
     for device in hal.devices():
         caps, kind = device.caps, str(device.torch)
         best = limits(device.torch)
@@ -113,16 +111,6 @@ def examine(where: Path) -> Diagnosis:
     found.memory = {"free": available_bytes(), "total": devices.devices()[-1].caps.memory}
     found.disk = _disk(where)
     found.missing = {n: v for n, v in OPTIONAL.items() if importlib.util.find_spec(n) is None}
-    return found
-
-
-def _versions() -> dict[str, str]:
-    found = {"autoround": VERSION, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "absent"
     return found
 
 

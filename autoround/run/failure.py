@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from autoround.run.chains import Digests, Spool
 from autoround.run.events import BlockFailed, Event, Planned
 from autoround.run.plan import Layer, ModelPlan
 from autoround.run.record import Source, peak_bytes, resident_bytes
-from autoround.version import VERSION
+from autoround.version import VERSION, versions
 
 #: Samples of the inputs that are kept.
 SAMPLES = 4
@@ -96,16 +95,10 @@ class Recorder:
 
 def about(error: BaseException) -> dict[str, Any]:
     """What is true of any failure: the error, where, the versions, the machine, its memory."""
-    versions = {"autoround": VERSION, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "absent"
     return {
         "error": said(error),
         "traceback": traceback.format_exception(error),
-        "versions": versions,
+        "versions": versions(PACKAGES),
         "machine": platform.platform(),
         "threads": torch.get_num_threads(),
         "memory": {"resident": resident_bytes(), "peak": peak_bytes()},

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hal.block import BlockOps
+from hal.backends import reference
 from hal.layout import Layout, Parts, as_i32
 from hal.plan import Weight
-from hal.registry import EMULATED, Caps, Case, Kernel, Probes, described
+from hal.registry import EMULATED, Case, Kernel
 from hal.spec import Spec
 
 NAME = "cuda"
@@ -38,18 +38,8 @@ def probe() -> str | None:
     return module if isinstance(module, str) else None
 
 
-def caps(device: torch.device) -> Caps:
-    return described(device)
-
-
-def block_ops() -> BlockOps:
-    from hal.backends import reference
-
-    return reference.block_ops()
-
-
-def probes() -> Probes | None:
-    return None
+#: What torch tells of the device, and torch's own operations between products.
+caps, block_ops, probes = reference.caps, reference.block_ops, reference.probes
 
 
 # ---- the weight in fragment order (kernels_cuda/qgemm.cuh)

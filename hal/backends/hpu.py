@@ -7,10 +7,10 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from hal.block import BlockOps
+from hal.backends import reference
 from hal.layout import Layout, Parts, pack_stream, unpack_stream
 from hal.plan import Weight
-from hal.registry import WRITTEN, Caps, Case, Kernel, Probes, described
+from hal.registry import WRITTEN, Case, Kernel
 from hal.spec import Spec
 
 NAME = "hpu"
@@ -23,18 +23,8 @@ def probe() -> str | None:
     return None
 
 
-def caps(device: torch.device) -> Caps:
-    return described(device)
-
-
-def block_ops() -> BlockOps:
-    from hal.backends import reference
-
-    return reference.block_ops()
-
-
-def probes() -> Probes | None:
-    return None
+#: What torch tells of the device, and torch's own operations between products.
+caps, block_ops, probes = reference.caps, reference.block_ops, reference.probes
 
 
 # ---- the weight as `hpu::convert_from_uint4` takes it: packed along N, lowest nibble first

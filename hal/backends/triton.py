@@ -10,11 +10,11 @@ from torch import Tensor
 
 from hal import codec
 from hal import layout as file_layouts
-from hal.block import BlockOps
+from hal.backends import reference
 from hal.layout import Layout, Parts
 from hal.plan import Weight
 from hal.qtensor import Params
-from hal.registry import EMULATED, Caps, Case, Kernel, Probes, described
+from hal.registry import EMULATED, Case, Kernel
 from hal.spec import Spec
 
 NAME = "triton"
@@ -43,18 +43,8 @@ def _import(name: str) -> ModuleType:
     return importlib.import_module(f"kernels_triton.{name}")
 
 
-def caps(device: torch.device) -> Caps:
-    return described(device)
-
-
-def block_ops() -> BlockOps:
-    from hal.backends import reference
-
-    return reference.block_ops()
-
-
-def probes() -> Probes | None:
-    return None
+#: What torch tells of the device, and torch's own operations between products.
+caps, block_ops, probes = reference.caps, reference.block_ops, reference.probes
 
 
 @cache
