@@ -1,26 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // hal._cpu: the tables as Python functions that take integers (addresses, sizes, enum codes) and
 // release the GIL. No torch headers, so one build serves every torch version.
-#include <pybind11/pybind11.h>
-
 #include <memory>
 #include <new>
 #include <string>
 
+#include "bind_groups.h"
 #include "digest.h"
 #include "dispatch.h"
 #include "threads.h"
 
-namespace py = pybind11;
-
 namespace {
-
-using Address = uintptr_t;
-
-template <class T = void>
-T* at(Address a) {
-  return reinterpret_cast<T*>(a);
-}
 
 const HalTable& table(int isa) {
   const hal::Tables& t = hal::tables();
@@ -42,57 +32,39 @@ void run(void (*fn)(const Args*, int64_t, int64_t), const Args& args, int64_t un
   hal::parallel(units, elements, threads, [&](int64_t i, int64_t end) { fn(&args, i, end); });
 }
 
-HalShape shape(int64_t n, int64_t k, int64_t width, int bits, bool symmetric, int dtype,
-               int scale_dtype, float least) {
-  const int64_t groups = k ? (k + width - 1) / width : 0;
-  return {n, k, width, groups, bits, symmetric, dtype, scale_dtype, least};
+void search(int isa, int threads, const HalShape& s, Address w, Address importance,
+            Address factors, int64_t n_factors, Address amin, Address amax) {
+  const HalSearch a = search_args(s, w, importance, factors, n_factors, amin, amax);
+  run(table(isa).search, a, s.n * s.groups, s.n * s.k * (1 + n_factors), threads);
 }
 
-HalParams params(Address v, Address lo, Address hi, Address amin, Address amax) {
-  return {at<float>(v), at<float>(lo), at<float>(hi), at<float>(amin), at<float>(amax)};
-}
-
-void search(int isa, const HalShape& s, Address w, Address importance, Address factors,
-            int64_t n_factors, Address amin, Address amax, int threads) {
-  const HalSearch a = {s,         at(w),           at<float>(importance), at<float>(factors),
-                       n_factors, at<float>(amin), at<float>(amax)};
-  run(table(isa).search, a, s.n, s.n * s.k * (1 + n_factors), threads);
-}
-
-void qdq(int isa, const HalShape& s, Address w, const HalParams& p, Address out, int threads) {
+void qdq(int isa, int threads, const HalShape& s, Address w, const HalParams& p, Address out) {
   const HalQdq a = {s, at(w), p, at(out)};
-  run(table(isa).qdq, a, s.n, s.n * s.k, threads);
+  run(table(isa).qdq, a, s.n * s.groups, s.n * s.k, threads);
 }
 
-void qdq_step(int isa, const HalShape& s, Address w, Address grad, int grad_dtype,
-              const HalParams& p, float lr_v, float lr_range, int threads) {
+void qdq_step(int isa, int threads, const HalShape& s, Address w, Address grad, int grad_dtype,
+              const HalParams& p, float lr_v, float lr_range) {
   const HalStep a = {s, at(w), at(grad), grad_dtype, p, lr_v, lr_range};
-  run(table(isa).qdq_step, a, s.n, s.n * s.k, threads);
+  run(table(isa).qdq_step, a, s.n * s.groups, s.n * s.k, threads);
 }
 
-HalPlain plain(const HalShape& s, Address codes, Address scale, Address zero) {
-  return {s, at<uint8_t>(codes), at(scale), at<uint8_t>(zero), {}, nullptr, nullptr};
+void quantize(int isa, int threads, const HalShape& s, Address w, const HalParams& p, Address codes,
+              Address scale, Address zero) {
+  const HalPlain a = quantize_args(s, w, p, codes, scale, zero);
+  run(table(isa).quantize, a, s.n * s.groups, s.n * s.k, threads);
 }
 
-void quantize(int isa, const HalShape& s, Address w, const HalParams& p, Address codes,
-              Address scale, Address zero, int threads) {
-  HalPlain a = plain(s, codes, scale, zero);
-  a.p = p;
-  a.w = at(w);
-  run(table(isa).quantize, a, s.n, s.n * s.k, threads);
+void dequantize(int isa, int threads, const HalShape& s, Address codes, Address scale, Address zero,
+                Address out) {
+  const HalPlain a = dequantize_args(s, codes, scale, zero, out);
+  run(table(isa).dequantize, a, s.n * s.groups, s.n * s.k, threads);
 }
 
-void dequantize(int isa, const HalShape& s, Address codes, Address scale, Address zero, Address out,
-                int threads) {
-  HalPlain a = plain(s, codes, scale, zero);
-  a.out = at(out);
-  run(table(isa).dequantize, a, s.n, s.n * s.k, threads);
-}
-
-void quantize_act(int isa, const HalShape& s, Address x, Address codes, Address scale, bool given,
-                  int threads) {
+void quantize_act(int isa, int threads, const HalShape& s, Address x, Address codes, Address scale,
+                  bool given) {
   const HalAct a = {s, at(x), at<int8_t>(codes), at<float>(scale), given};
-  run(table(isa).quantize_act, a, s.n, s.n * s.k, threads);
+  run(table(isa).quantize_act, a, s.n * s.groups, s.n * s.k, threads);
 }
 
 void repack(int isa, bool pack, const HalShape& s, int layout, Address codes, Address words,
@@ -191,7 +163,7 @@ struct Tiles {
 
   void relay(void (*fn)(const HalTiles*, const HalPlain*, int64_t, int64_t), Address codes,
              Address scale, Address zero, int threads) {
-    const HalPlain p = plain(t.s, codes, scale, zero);
+    const HalPlain p = plain_args(t.s, codes, scale, zero);
     py::gil_scoped_release unlocked;
     hal::parallel(t.tiles, t.s.n * t.s.k, threads,
                   [&](int64_t i, int64_t end) { fn(&t, &p, i, end); });
@@ -256,8 +228,7 @@ struct Tiles {
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.doc() = "CPU kernels of hal: addresses and sizes in, nothing out. Checked by hal.ops.";
   m.def("isas", isas, "Instruction sets this machine can run, best first.");
-  py::class_<HalShape>(m, "Shape").def(py::init(&shape));
-  py::class_<HalParams>(m, "Params").def(py::init(&params));
+  bind_arguments(m);
   m.def("search", search);
   m.def("qdq", qdq);
   m.def("qdq_step", qdq_step);

@@ -4,8 +4,14 @@
 //
 // A vector division takes 16 cycles on AVX-512, longer than all the rest together. Where a fused
 // multiply-add is at hand quotients come from the reciprocal instead, with the same bits (`quotient`).
+//
+// The bodies know 16 lanes: of a vector on CPUs (vec.h), the threads of a team on GPUs (team.h).
 #pragma once
+#ifdef HAL_TEAM
+#include "team.h"
+#else
 #include "vec.h"
+#endif
 
 namespace {
 
@@ -49,16 +55,16 @@ const int BATCH = 16;
 
 // What elements need to know of their groups.
 struct Batch {
-  alignas(64) float scale[BATCH], inverse[BATCH], zero[BATCH];
+  Lanes scale, inverse, zero;
   float top;
   bool usual, twice;  // every |scale| < 2^100; see quotient
 };
 
 HAL_INLINE Batch batch_of(const HalShape& s, const Groups& g) {
   Batch b;
-  store<HAL_F32>(b.scale, g.scale);
-  store<HAL_F32>(b.inverse, div(set1(1), g.scale));
-  store<HAL_F32>(b.zero, g.zero);
+  b.scale = lanes_of(g.scale);
+  b.inverse = lanes_of(div(set1(1), g.scale));
+  b.zero = lanes_of(g.zero);
   b.top = (float)((1 << s.bits) - 1);
   b.usual = most(g.scale) < 0x1p100f && least(g.scale) > -0x1p100f;
   b.twice = s.scale_dtype == HAL_F32;
@@ -78,16 +84,16 @@ struct Grid {
 };
 
 HAL_INLINE Grid grid_of(const Batch& b, int64_t i) {
-  const float zero = b.zero[i];
-  return {set1(b.scale[i]),     set1(b.inverse[i]),           set1(zero),
-          set1(MAGIC - zero), set1(MAGIC + (b.top - zero)), b.usual, b.twice};
+  const float zero = lane(b.zero, i);
+  return {set1(lane(b.scale, i)), set1(lane(b.inverse, i)),     set1(zero),
+          set1(MAGIC - zero),     set1(MAGIC + (b.top - zero)), b.usual, b.twice};
 }
 
 // a / scale correctly rounded, for usual scales; NaN if it overflows; less exact for |a| < 2^-100,
 // where remainders are. The product with the reciprocal is corrected by its remainder (Markstein
 // 1990), after which 2^-46 of it may be missing. That decides no rounding where the scale has 11 bits
 // (a quotient is at least 2^-36 of itself away from the middle of two floats); for 24 bits, once more.
-#if HAL_LEVEL >= HAL_LEVEL_AVX2
+#if HAL_FMA
 HAL_INLINE vf quick_quotient(vf a, const Grid& g, bool twice) {
   const vf first = mul(a, g.inverse);
   const vf q = fma(fnma(first, g.scale, a), g.inverse, first);
@@ -96,7 +102,7 @@ HAL_INLINE vf quick_quotient(vf a, const Grid& g, bool twice) {
 #endif
 
 HAL_INLINE vf quotient(vf a, const Grid& g) {
-#if HAL_LEVEL >= HAL_LEVEL_AVX2
+#if HAL_FMA
   if (g.usual && all_usual(a)) return quick_quotient(a, g, g.twice);
 #endif
   return div(a, g.scale);
@@ -111,7 +117,7 @@ struct Way {
 // MAGIC + level - zero of 16 weights, without offset; NaN for corrected quotients past the end of f32.
 template <class W>
 HAL_INLINE vf raw_level(vf w, const Grid& g, W) {
-#if HAL_LEVEL >= HAL_LEVEL_AVX2
+#if HAL_FMA
   if constexpr (W::corrections != 0) {
     return add(quick_quotient(w, g, W::corrections == 2), set1(MAGIC));
   }
@@ -123,11 +129,11 @@ HAL_INLINE vf clipped(vf raw, const Grid& g) { return min(max(raw, g.low), g.hig
 
 // Calls body(way to divide) and, if it answers with a NaN, once more with true divisions.
 template <class Body>
-HAL_INLINE void divided(const Batch& b, Body body) {
-#if HAL_LEVEL >= HAL_LEVEL_AVX2
-  if (b.usual && !any_nan(b.twice ? body(Way<2>()) : body(Way<1>()))) return;
+HAL_INLINE void divided(const Grid& g, Body body) {
+#if HAL_FMA
+  if (g.usual && !any_nan(g.twice ? body(Way<2>()) : body(Way<1>()))) return;
 #endif
-  (void)b;
+  (void)g;
   body(Way<0>());
 }
 
@@ -146,13 +152,10 @@ HAL_INLINE Levels levels_of(vf w, vf v, const Grid& g) {
   return l;
 }
 
-// Calls body(first group, groups) for batches of the groups of some rows.
+// Calls body(first group, groups) for batches of some groups.
 template <class Body>
-HAL_INLINE void each_batch(const HalShape& s, int64_t row, int64_t end, Body body) {
-  const int64_t last = end * s.groups;
-  for (int64_t i = row * s.groups; i < last; i += BATCH) {
-    body(i, last - i < BATCH ? last - i : BATCH);
-  }
+HAL_INLINE void each_batch(int64_t from, int64_t end, Body body) {
+  for (int64_t i = from; i < end; i += BATCH) body(i, end - i < BATCH ? end - i : BATCH);
 }
 
 // Calls body(j, offset of its first element, elements) for groups first + j, j < count.
@@ -167,16 +170,6 @@ HAL_INLINE void each_of(const HalShape& s, int64_t first, int64_t count, Body bo
       r++;
     }
   }
-}
-
-// Calls body(group, offset of its first element, elements) for the groups of some rows.
-template <class Body>
-HAL_INLINE void each_group(const HalShape& s, int64_t row, int64_t end, Body body) {
-  const int64_t first = row * s.groups;
-  each_of(s, first, end * s.groups - first, [&](int64_t j, int64_t at, int64_t n)
-                                                __attribute__((always_inline)) {
-    body(first + j, at, n);
-  });
 }
 
 template <int F>
@@ -201,20 +194,13 @@ HAL_INLINE void range_of(const Stored<F>* w, int64_t n, float* amin, float* amax
   *amax = most(max(high, high2));
 }
 
-// Candidates tried side by side: every weight is read once for all of them.
-#if HAL_LEVEL >= HAL_LEVEL_AVX512
-const int ABREAST = 4;
-#else
-const int ABREAST = 1;
-#endif
-
 // Squared errors of one group with grids first .. first + C of the batch.
 template <int F, int C>
 HAL_INLINE void errors_of(const Stored<F>* w, const float* importance, int64_t n, const Batch& b,
                           int first, float* errors) {
   Grid grid[C];
   for (int c = 0; c < C; c++) grid[c] = grid_of(b, first + c);
-  divided(b, [&](auto way) __attribute__((always_inline)) {
+  divided(grid[0], [&](auto way) __attribute__((always_inline)) {
     vf sum[C], all = set1(0);
     for (int c = 0; c < C; c++) sum[c] = set1(0);
     each_vector(n, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
@@ -235,6 +221,20 @@ HAL_INLINE void errors_of(const Stored<F>* w, const float* importance, int64_t n
   });
 }
 
+// Tries candidates first .. first + C of a batch, which begins at `factors`.
+template <int F, int C>
+HAL_INLINE void try_factors(const Stored<F>* w, const float* importance, int64_t n, const Batch& b,
+                            int first, const float* factors, float* best, float* lowest) {
+  float errors[C];
+  errors_of<F, C>(w, importance, n, b, first, errors);
+  for (int c = 0; c < C; c++) {
+    if (errors[c] < *lowest) {
+      *lowest = errors[c];
+      *best = factors[first + c];
+    }
+  }
+}
+
 // The factor of the range [amin, amax] with the least error; the first of equals.
 template <int F>
 HAL_INLINE float best_factor(const HalSearch& a, const Stored<F>* w, const float* importance,
@@ -245,42 +245,37 @@ HAL_INLINE float best_factor(const HalSearch& a, const Stored<F>* w, const float
     const vf f = load_n<HAL_F32>(a.factors + c, count);
     const Groups g = groups_of(a.s, mul(set1(amin), f), mul(set1(amax), f), set1(1), set1(1));
     const Batch b = batch_of(a.s, g);
-    float errors[BATCH];
     int j = 0;
     for (; j + ABREAST <= count; j += ABREAST) {
-      errors_of<F, ABREAST>(w, importance, n, b, j, errors + j);
+      try_factors<F, ABREAST>(w, importance, n, b, j, a.factors + c, &best, &lowest);
     }
-    for (; j < count; j++) errors_of<F, 1>(w, importance, n, b, j, errors + j);
-    for (j = 0; j < count; j++) {
-      if (errors[j] < lowest) {
-        lowest = errors[j];
-        best = a.factors[c + j];
-      }
+    for (; j < count; j++) {
+      try_factors<F, 1>(w, importance, n, b, j, a.factors + c, &best, &lowest);
     }
   }
   return best;
 }
 
-static void search_rows(const HalSearch* a, int64_t row, int64_t end) {
+HAL_VERB void search_groups(const HalSearch* a, int64_t from, int64_t end) {
   by_dtype(a->s.dtype, [&](auto dtype) __attribute__((always_inline)) {
     constexpr int F = decltype(dtype)::value;
-    each_group(a->s, row, end, [&](int64_t g, int64_t at, int64_t n)
-                                   __attribute__((always_inline)) {
+    each_of(a->s, from, end - from, [&](int64_t j, int64_t at, int64_t n)
+                                          __attribute__((always_inline)) {
       const Stored<F>* w = (const Stored<F>*)a->w + at;
       float amin, amax;
       range_of<F>(w, n, &amin, &amax);
       const float* importance = a->importance ? a->importance + at % a->s.k : nullptr;
       const float best = best_factor<F>(*a, w, importance, n, amin, amax);
-      a->amin[g] = amin * best;
-      a->amax[g] = amax * best;
+      a->amin[from + j] = amin * best;
+      a->amax[from + j] = amax * best;
     });
   });
 }
 
 // Calls body(i, level, n) with MAGIC + q - zero of every 16 weights of a group.
 template <int F, class Body>
-HAL_INLINE void each_level(const Stored<F>* w, const float* v, int64_t n, const Batch& b,
-                           const Grid& grid, Body body) {
+HAL_INLINE void each_level(const Stored<F>* w, const float* v, int64_t n, const Grid& grid,
+                           Body body) {
   if (v) {
     each_vector(n, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
       ahead(w + i);
@@ -289,7 +284,7 @@ HAL_INLINE void each_level(const Stored<F>* w, const float* v, int64_t n, const 
     });
     return;
   }
-  divided(b, [&](auto way) __attribute__((always_inline)) {
+  divided(grid, [&](auto way) __attribute__((always_inline)) {
     vf all = set1(0);
     each_vector(n, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
       ahead(w + i);
@@ -301,18 +296,18 @@ HAL_INLINE void each_level(const Stored<F>* w, const float* v, int64_t n, const 
   });
 }
 
-static void qdq_rows(const HalQdq* a, int64_t row, int64_t end) {
+HAL_VERB void qdq_groups(const HalQdq* a, int64_t from, int64_t end) {
   by_dtype(a->s.dtype, [&](auto dtype) __attribute__((always_inline)) {
     constexpr int F = decltype(dtype)::value;
     const Stored<F>* w = (const Stored<F>*)a->w;
     Stored<F>* out = (Stored<F>*)a->out;
-    each_batch(a->s, row, end, [&](int64_t first, int64_t count) __attribute__((always_inline)) {
+    each_batch(from, end, [&](int64_t first, int64_t count) __attribute__((always_inline)) {
       const Batch b = batch_of(a->s, groups_at(a->s, a->p, first, count));
       each_of(a->s, first, count, [&](int64_t j, int64_t at, int64_t n)
                                       __attribute__((always_inline)) {
         const Grid grid = grid_of(b, j);
         const float* v = a->p.v ? a->p.v + at : nullptr;
-        each_level<F>(w + at, v, n, b, grid, [&](int64_t i, vf level, int64_t left)
+        each_level<F>(w + at, v, n, grid, [&](int64_t i, vf level, int64_t left)
                                                  __attribute__((always_inline)) {
           store_normal_n<F>(out + at + i, mul(grid.scale, sub(level, set1(MAGIC))), left);
         });
@@ -321,11 +316,15 @@ static void qdq_rows(const HalQdq* a, int64_t row, int64_t end) {
   });
 }
 
-// The two sums of a group that the range needs: d loss / d scale, and the gradient that clipping
-// sends to the zero point. Moves v on the way.
+// What the range of a group needs: d loss / d scale, and the gradient that clipping sends to the
+// zero point.
+struct Sums {
+  float by_q, clipped;
+};
+
+// Moves v on the way.
 template <int F, int H>
-HAL_INLINE void step_sums(const HalStep& a, const Grid& grid, int64_t at, int64_t n, float* by_q,
-                          float* clipped) {
+HAL_INLINE Sums step_sums(const HalStep& a, const Grid& grid, int64_t at, int64_t n) {
   const Stored<F>* w = (const Stored<F>*)a.w + at;
   const Stored<H>* grad = (const Stored<H>*)a.grad + at;
   float* v = a.p.v ? a.p.v + at : nullptr;
@@ -346,8 +345,7 @@ HAL_INLINE void step_sums(const HalStep& a, const Grid& grid, int64_t at, int64_
       store_n<HAL_F32>(v + i, plus_if(lt_if(l.inside, g, none), down, move), left);
     }
   });
-  *by_q = fold(sum_q);
-  *clipped = fold(sum_clipped);
+  return {fold(sum_q), fold(sum_clipped)};
 }
 
 // codec.qdq_step_ after the sums: signs of d loss / d lo and d loss / d hi, then the step.
@@ -377,40 +375,42 @@ HAL_INLINE void move_ranges(const HalStep& a, const Groups& g, int64_t i, int64_
   store_n<HAL_F32>(a.p.hi + i, clamped(hi, none, one), n);
 }
 
-static void step_rows(const HalStep* a, int64_t row, int64_t end) {
+HAL_VERB void step_groups(const HalStep* a, int64_t from, int64_t end) {
   by_dtype(a->s.dtype, [&](auto dtype) __attribute__((always_inline)) {
     by_dtype(a->grad_dtype, [&](auto grad) __attribute__((always_inline)) {
-      each_batch(a->s, row, end, [&](int64_t first, int64_t count) __attribute__((always_inline)) {
+      each_batch(from, end, [&](int64_t first, int64_t count) __attribute__((always_inline)) {
         const Groups groups = groups_at(a->s, a->p, first, count);
         const Batch b = batch_of(a->s, groups);
-        alignas(64) float by_q[BATCH] = {}, clipped[BATCH] = {};
+        Lanes by_q = lanes_of(set1(0)), clipped = by_q;
         each_of(a->s, first, count, [&](int64_t j, int64_t at, int64_t n)
                                         __attribute__((always_inline)) {
-          step_sums<decltype(dtype)::value, decltype(grad)::value>(*a, grid_of(b, j), at, n,
-                                                                   by_q + j, clipped + j);
+          const Sums sums =
+              step_sums<decltype(dtype)::value, decltype(grad)::value>(*a, grid_of(b, j), at, n);
+          set_lane(by_q, j, sums.by_q);
+          set_lane(clipped, j, sums.clipped);
         });
-        move_ranges(*a, groups, first, count, load<HAL_F32>(by_q), load<HAL_F32>(clipped));
+        move_ranges(*a, groups, first, count, vector_of(by_q), vector_of(clipped));
       });
     });
   });
 }
 
-static void quantize_rows(const HalPlain* a, int64_t row, int64_t end) {
+HAL_VERB void quantize_groups(const HalPlain* a, int64_t from, int64_t end) {
   by_dtype(a->s.dtype, [&](auto dtype) __attribute__((always_inline)) {
     constexpr int F = decltype(dtype)::value;
     const Stored<F>* w = (const Stored<F>*)a->w;
-    each_batch(a->s, row, end, [&](int64_t first, int64_t count) __attribute__((always_inline)) {
+    each_batch(from, end, [&](int64_t first, int64_t count) __attribute__((always_inline)) {
       const Batch b = batch_of(a->s, groups_at(a->s, a->p, first, count));
       each_of(a->s, first, count, [&](int64_t j, int64_t at, int64_t n)
                                       __attribute__((always_inline)) {
         const Grid grid = grid_of(b, j);
         const float* v = a->p.v ? a->p.v + at : nullptr;
-        each_level<F>(w + at, v, n, b, grid, [&](int64_t i, vf level, int64_t left)
+        each_level<F>(w + at, v, n, grid, [&](int64_t i, vf level, int64_t left)
                                                  __attribute__((always_inline)) {
           store_low_bytes_n(a->codes + at + i, add(level, grid.zero), left);
         });
-        store_float(a->scale, first + j, b.scale[j], a->s.scale_dtype);
-        if (a->zero) a->zero[first + j] = (uint8_t)b.zero[j];
+        store_float(a->scale, first + j, lane(b.scale, j), a->s.scale_dtype);
+        if (a->zero) a->zero[first + j] = (uint8_t)lane(b.zero, j);
       });
     });
   });
@@ -422,18 +422,17 @@ HAL_INLINE bool any_subnormal(vf scale) {
   return least(select(lt(set1(0), size), size, set1(1))) < 0x1p-126f;
 }
 
-static void dequantize_rows(const HalPlain* a, int64_t row, int64_t end) {
+HAL_VERB void dequantize_groups(const HalPlain* a, int64_t from, int64_t end) {
   by_dtype(a->s.dtype, [&](auto dtype) __attribute__((always_inline)) {
     constexpr int F = decltype(dtype)::value;
     Stored<F>* out = (Stored<F>*)a->out;
-    each_batch(a->s, row, end, [&](int64_t first, int64_t count) __attribute__((always_inline)) {
+    each_batch(from, end, [&](int64_t first, int64_t count) __attribute__((always_inline)) {
       const vf some = load_any(a->scale, first, count, a->s.scale_dtype);
-      alignas(64) float scales[BATCH];
-      store<HAL_F32>(scales, some);
+      const Lanes scales = lanes_of(some);
       const bool normal = !any_subnormal(some);
       each_of(a->s, first, count, [&](int64_t j, int64_t at, int64_t n)
                                       __attribute__((always_inline)) {
-        const vf scale = set1(scales[j]);
+        const vf scale = set1(lane(scales, j));
         const vf zero = set1(a->zero ? (float)a->zero[first + j] : (float)(1 << (a->s.bits - 1)));
         each_vector(n, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
           ahead(a->codes + at + i);
@@ -451,10 +450,9 @@ template <int F>
 HAL_INLINE void act_codes(const Stored<F>* x, int64_t n, float scale, int8_t* codes) {
   uint8_t* out = (uint8_t*)codes;
   const bool usual = scale > 0x1p-100f && scale < 0x1p100f;
-  const Batch b = {{scale}, {1 / scale}, {0}, 127, usual, true};
-  Grid grid = grid_of(b, 0);
-  grid.low = set1(MAGIC - 127);
-  each_level<F>(x, nullptr, n, b, grid, [&](int64_t i, vf level, int64_t left)
+  const Grid grid = {set1(scale),       set1(1 / scale),    set1(0), set1(MAGIC - 127),
+                     set1(MAGIC + 127), usual,              true};
+  each_level<F>(x, nullptr, n, grid, [&](int64_t i, vf level, int64_t left)
                                             __attribute__((always_inline)) {
     store_low_bytes_n(out + i, level, left);
   });
@@ -468,14 +466,15 @@ HAL_INLINE float act_scale(const Stored<F>* x, int64_t n) {
   return scale == 0 ? 1 : scale;
 }
 
-static void quantize_act_rows(const HalAct* a, int64_t row, int64_t end) {
+HAL_VERB void quantize_act_groups(const HalAct* a, int64_t from, int64_t end) {
   by_dtype(a->s.dtype, [&](auto dtype) __attribute__((always_inline)) {
     constexpr int F = decltype(dtype)::value;
-    each_group(a->s, row, end, [&](int64_t g, int64_t at, int64_t n)
-                                   __attribute__((always_inline)) {
+    each_of(a->s, from, end - from, [&](int64_t j, int64_t at, int64_t n)
+                                          __attribute__((always_inline)) {
       const Stored<F>* x = (const Stored<F>*)a->x + at;
-      if (!a->given) a->scale[g] = act_scale<F>(x, n);
-      act_codes<F>(x, n, a->scale[g], a->codes + at);
+      const float scale = a->given ? a->scale[from + j] : act_scale<F>(x, n);
+      if (!a->given) a->scale[from + j] = scale;
+      act_codes<F>(x, n, scale, a->codes + at);
     });
   });
 }

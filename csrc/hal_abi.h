@@ -2,8 +2,8 @@
 // The native contract: one POD per verb and one table of functions per instruction set. Addresses
 // and sizes only, so that no tensor type and no C++ runtime type crosses the border.
 //
-// Every function works on a range of units (rows, 32-column blocks or 64-column tiles; see each
-// entry) and keeps no state, so the caller alone decides about threads.
+// Every function works on a range of units (groups, rows, 32-column blocks or 64-column tiles; see
+// each entry) and keeps no state, so the caller alone decides about threads.
 #pragma once
 #include <stdint.h>
 
@@ -143,12 +143,12 @@ struct HalProbe {
 
 struct HalTable {
   const char* name;
-  void (*search)(const HalSearch*, int64_t row, int64_t end);
-  void (*qdq)(const HalQdq*, int64_t row, int64_t end);
-  void (*qdq_step)(const HalStep*, int64_t row, int64_t end);
-  void (*quantize)(const HalPlain*, int64_t row, int64_t end);
-  void (*dequantize)(const HalPlain*, int64_t row, int64_t end);
-  void (*quantize_act)(const HalAct*, int64_t row, int64_t end);
+  void (*search)(const HalSearch*, int64_t group, int64_t end);
+  void (*qdq)(const HalQdq*, int64_t group, int64_t end);
+  void (*qdq_step)(const HalStep*, int64_t group, int64_t end);
+  void (*quantize)(const HalPlain*, int64_t group, int64_t end);
+  void (*dequantize)(const HalPlain*, int64_t group, int64_t end);
+  void (*quantize_act)(const HalAct*, int64_t group, int64_t end);
   void (*pack)(const HalRepack*, int64_t block, int64_t end);    // blocks of 32 columns
   void (*unpack)(const HalRepack*, int64_t block, int64_t end);  // blocks of 32 columns
   void (*tile)(const HalTiles*, const HalPlain*, int64_t tile, int64_t end);

@@ -12,12 +12,12 @@
 
 extern const HalTable HAL_SYMBOL(HAL_TABLE_NAME) = {
     HAL_NAME(HAL_TABLE_NAME),
-    search_rows,
-    qdq_rows,
-    step_rows,
-    quantize_rows,
-    dequantize_rows,
-    quantize_act_rows,
+    search_groups,
+    qdq_groups,
+    step_groups,
+    quantize_groups,
+    dequantize_groups,
+    quantize_act_groups,
     pack_blocks,
     unpack_blocks,
     tile_tiles,

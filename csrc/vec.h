@@ -5,9 +5,7 @@
 // Everything is in the anonymous namespace: an inline function shared by two instruction sets would
 // be one weak symbol, and the linker could give AVX-512 code to a machine without it.
 #pragma once
-#include <stdint.h>
-
-#include "hal_abi.h"
+#include "floats.h"
 
 #define HAL_LEVEL_SCALAR 0
 #define HAL_LEVEL_AVX2 1
@@ -19,29 +17,12 @@
 #include <immintrin.h>
 #endif
 
-#define HAL_INLINE static inline __attribute__((always_inline))
-#define HAL_MEMBER inline __attribute__((always_inline))
+#define HAL_FMA (HAL_LEVEL >= HAL_LEVEL_AVX2)  // one instruction, where fma and fnma are asked for
 
 namespace {
 
-template <class To, class From>
-HAL_INLINE To bits_as(From x) {
-  static_assert(sizeof(To) == sizeof(From), "size");
-  To y;
-  __builtin_memcpy(&y, &x, sizeof y);
-  return y;
-}
-
-template <int F>
-struct Storage {
-  typedef uint16_t type;
-};
-template <>
-struct Storage<HAL_F32> {
-  typedef float type;
-};
-template <int F>
-using Stored = typename Storage<F>::type;
+// Candidates of a search tried side by side: every weight is read once for all of them.
+const int ABREAST = HAL_LEVEL >= HAL_LEVEL_AVX512 ? 4 : 1;
 
 #if HAL_LEVEL >= HAL_LEVEL_AVX512
 
@@ -291,31 +272,6 @@ HAL_INLINE vf rne(vf x) {
   return select(size < set1(8388608.0f), rounded, x);
 }
 
-HAL_INLINE uint16_t to_bf16(float x) {
-  const uint32_t u = bits_as<uint32_t>(x);
-  return x != x ? 0x7fc0 : (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
-}
-
-// Round half to even into 5 + 10 bits: subnormals by adding 0.5 (whose ulp is 2^-24), the rest by
-// adding half an ulp to the bits; 65520 and more become infinity.
-HAL_INLINE uint16_t to_f16(float x) {
-  const uint32_t u = bits_as<uint32_t>(x), sign = u >> 16 & 0x8000, size = u & 0x7fffffff;
-  if (size > 0x7f800000) return (uint16_t)(sign | 0x7e00);
-  if (size >= 0x477ff000) return (uint16_t)(sign | 0x7c00);
-  if (size < 0x38800000) {
-    const float shifted = bits_as<float>(size) + 0.5f;
-    return (uint16_t)(sign | (bits_as<uint32_t>(shifted) - 0x3f000000));
-  }
-  return (uint16_t)(sign | ((size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13));
-}
-
-HAL_INLINE float from_f16(uint16_t h) {
-  const uint32_t sign = (uint32_t)(h & 0x8000) << 16, size = h & 0x7fff;
-  if (size >= 0x7c00) return bits_as<float>(sign | 0x7f800000 | (size & 0x3ff) << 13);
-  const float x = bits_as<float>(size << 13) * bits_as<float>(0x77800000u);  // * 2^112
-  return bits_as<float>(sign | bits_as<uint32_t>(x));
-}
-
 template <int F>
 HAL_INLINE vf load(const Stored<F>* p) {
   vf x;
@@ -369,6 +325,19 @@ HAL_INLINE float fold(vf x) {
   return a[0];
 #endif
 }
+
+// One number of each lane, to be picked by its index.
+struct Lanes {
+  alignas(64) float at[16];
+};
+HAL_INLINE Lanes lanes_of(vf x) {
+  Lanes l;
+  store<HAL_F32>(l.at, x);
+  return l;
+}
+HAL_INLINE vf vector_of(const Lanes& l) { return load<HAL_F32>(l.at); }
+HAL_INLINE float lane(const Lanes& l, int64_t i) { return l.at[i]; }
+HAL_INLINE void set_lane(Lanes& l, int64_t i, float x) { l.at[i] = x; }
 
 // Calls body(i, n) for 16 elements at a time, then for the n < 16 that are left. Two copies of the
 // body: a short tail copies memory by calls, and around a call no vector stays in a register.
@@ -457,18 +426,6 @@ HAL_INLINE vf load_any(const void* p, int64_t i, int64_t n, int f) {
   if (f == HAL_F32) return load_n<HAL_F32>((const float*)p + i, n);
   if (f == HAL_BF16) return load_n<HAL_BF16>((const uint16_t*)p + i, n);
   return load_n<HAL_F16>((const uint16_t*)p + i, n);
-}
-
-// Calls f with the dtype as a compile-time constant.
-template <int F>
-struct Float {
-  static const int value = F;
-};
-template <class Fn>
-HAL_INLINE void by_dtype(int dtype, Fn f) {
-  if (dtype == HAL_F32) f(Float<HAL_F32>());
-  else if (dtype == HAL_BF16) f(Float<HAL_BF16>());
-  else f(Float<HAL_F16>());
 }
 
 }  // namespace

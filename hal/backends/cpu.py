@@ -10,18 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hal import block, codec, config, memory
+from hal import block, config, groupwise, memory
 from hal import layout as file_layouts
 from hal.block import Attention, BlockOps
 from hal.layout import Layout, Parts
 from hal.plan import Weight
-from hal.qtensor import Params
 from hal.registry import BUCKETS, MEASURED, Caps, Case, Kernel, Probes
 from hal.spec import Spec
 
 NAME = "cpu"
 KINDS = {NAME: MEASURED}
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = groupwise.DTYPES
 FILE_LAYOUTS = {"gptq": 0, "gptq_raw": 0, "awq": 1, "stream": 2}
 TILE = 64
 
@@ -80,79 +79,9 @@ def _model() -> str:
     return names[0] if names else "CPU"
 
 
-@cache
-def _shape(spec: Spec, n: int, k: int, dtype: torch.dtype) -> object:
-    least = float(torch.tensor(spec.min_scale, dtype=spec.scale_dtype))
-    scale = DTYPES[spec.scale_dtype]
-    return native().Shape(
-        n, k, spec.width(k), spec.bits, spec.symmetric, DTYPES[dtype], scale, least
-    )
-
-
-def _at(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def _params(p: Params) -> object:
-    return native().Params(_at(p.v), _at(p.lo), _at(p.hi), _at(p.amin), _at(p.amax))
-
-
-def _search(
-    w: Tensor, spec: Spec, importance: Tensor | None, grid: int, amin: Tensor, amax: Tensor
-) -> None:
-    shape = _shape(spec, *w.shape, w.dtype)
-    factors = torch.tensor(codec.search_factors(grid) if grid > 1 else [], dtype=torch.float32)
-    weights = None if importance is None else importance.contiguous()
-    native().search(
-        isa(),
-        shape,
-        _at(w),
-        _at(weights),
-        _at(factors),
-        len(factors),
-        _at(amin),
-        _at(amax),
-        torch.get_num_threads(),
-    )
-
-
-def _qdq(w: Tensor, p: Params, spec: Spec, out: Tensor) -> None:
-    shape = _shape(spec, *w.shape, w.dtype)
-    native().qdq(isa(), shape, _at(w), _params(p), _at(out), torch.get_num_threads())
-
-
-def _qdq_step(p: Params, w: Tensor, grad: Tensor, spec: Spec, lr_v: float, lr_range: float) -> None:
-    shape, threads = _shape(spec, *w.shape, w.dtype), torch.get_num_threads()
-    native().qdq_step(
-        isa(), shape, _at(w), _at(grad), DTYPES[grad.dtype], _params(p), lr_v, lr_range, threads
-    )
-
-
-def _quantize(w: Tensor, p: Params, spec: Spec, parts: Parts) -> None:
-    shape, threads = _shape(spec, *w.shape, w.dtype), torch.get_num_threads()
-    native().quantize(isa(), shape, _at(w), _params(p), *_plain(parts), threads)
-
-
-def _dequantize(parts: Parts, spec: Spec, out: Tensor) -> None:
-    shape = _shape(spec, *out.shape, out.dtype)
-    parts = {name: t.contiguous() for name, t in parts.items()}
-    native().dequantize(isa(), shape, *_plain(parts), _at(out), torch.get_num_threads())
-
-
-def _plain(parts: Parts) -> tuple[int, int, int]:
-    return _at(parts["codes"]), _at(parts["scale"]), _at(parts.get("zero"))
-
-
-def _quantize_act(x: Tensor, group: int, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    (m, k), spec = x.shape, Spec("s8", group, "f32")
-    shape = native().Shape(
-        m, k, spec.width(k), 8, True, DTYPES[x.dtype], DTYPES[torch.float32], 0.0
-    )
-    codes, given = torch.empty(m, k, dtype=torch.int8), scale is not None
-    scale = torch.empty(m, spec.groups(k)) if scale is None else scale.float().contiguous()
-    at = (_at(x), _at(codes), _at(scale))
-    native().quantize_act(isa(), shape, *at, given, torch.get_num_threads())
-    return codes, scale
+def _where(device: torch.device) -> tuple[int, int]:
+    """How the native verbs are to run: instruction set and threads."""
+    return isa(), torch.get_num_threads()
 
 
 def _pack(parts: Parts, spec: Spec, shape: tuple[int, int], layout: str) -> Parts:
@@ -177,9 +106,9 @@ def _unpack(parts: Parts, spec: Spec, shape: tuple[int, int], layout: str) -> Pa
 def _repack(
     pack: bool, spec: Spec, shape: tuple[int, int], layout: str, codes: Tensor, words: Tensor
 ) -> None:
-    at = (_at(codes), _at(words))
-    args = (_shape(spec, *shape, torch.float32), FILE_LAYOUTS[layout], *at, torch.get_num_threads())
-    native().repack(isa(), pack, *args)
+    given = groupwise.shape(native(), spec, *shape, torch.float32)
+    at = (codes.data_ptr(), words.data_ptr())
+    native().repack(isa(), pack, given, FILE_LAYOUTS[layout], *at, torch.get_num_threads())
 
 
 def _file_layout(case: Case) -> str | None:
@@ -191,14 +120,14 @@ def _file_layout(case: Case) -> str | None:
 
 def _tiles(parts: Parts, spec: Spec, shape: tuple[int, int], dtype: torch.dtype) -> Any:
     """The native view of a tiled weight; holds addresses, keeps nothing alive."""
-    return native().Tiles(_shape(spec, *shape, dtype), *_plain(parts))
+    return native().Tiles(groupwise.shape(native(), spec, *shape, dtype), *groupwise.plain(parts))
 
 
 def _tile(parts: Parts, spec: Spec) -> Parts:
     parts = {name: t.contiguous() for name, t in parts.items()}
     n, k = parts["codes"].shape
     tiles, groups = -(-n // TILE), spec.groups(k)
-    empty = native().Tiles(_shape(spec, n, k, torch.float32), 0, 0, 0)
+    empty = native().Tiles(groupwise.shape(native(), spec, n, k, torch.float32), 0, 0, 0)
     stored: file_layouts.Stored = {
         "codes": (torch.uint8, (empty.code_bytes(),)),
         "scale": (spec.scale_dtype, (tiles, groups, TILE)),
@@ -210,7 +139,7 @@ def _tile(parts: Parts, spec: Spec) -> Parts:
         for part in tiled.keys() - {"codes"}:
             tiled[part][-1].zero_()
     handle = _tiles(tiled, spec, (n, k), torch.float32)
-    handle.fill(isa(), *_plain(parts), torch.get_num_threads())
+    handle.fill(isa(), *groupwise.plain(parts), torch.get_num_threads())
     return tiled
 
 
@@ -235,7 +164,7 @@ def _untile(parts: Parts, spec: Spec, shape: tuple[int, int]) -> Parts:
     if not spec.symmetric:
         plain["zero"] = torch.empty(groups, dtype=torch.uint8)
     handle = _tiles(parts, spec, shape, torch.float32)
-    handle.read(isa(), *_plain(plain), torch.get_num_threads())
+    handle.read(isa(), *groupwise.plain(plain), torch.get_num_threads())
     return plain
 
 
@@ -334,7 +263,7 @@ def block_ops() -> BlockOps:
 
     def norm(x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         (m, k), out = x.shape, empty_like(x)
-        at = (x.data_ptr(), _at(more), weight.data_ptr(), eps, out.data_ptr())
+        at = (x.data_ptr(), groupwise.address(more), weight.data_ptr(), eps, out.data_ptr())
         module.norm(level, m, k, DTYPES[x.dtype], *at, threads())
         return out
 
@@ -351,7 +280,7 @@ def block_ops() -> BlockOps:
         if a.handle is None:
             shape = (a.heads, a.kv_heads, a.dim, a.length, DTYPES[qkv.dtype], a.eps, a.scale)
             tables = (a.q_norm, a.k_norm, a.cos, a.sin, a.keys, a.values)
-            a.handle = module.Attention(*shape, *map(_at, tables))
+            a.handle = module.Attention(*shape, *map(groupwise.address, tables))
         out = empty(m, a.heads * a.dim, dtype=qkv.dtype)
         a.handle.attend(level, qkv.data_ptr(), m, at, out.data_ptr(), threads())
         return out
@@ -377,12 +306,7 @@ def probes() -> Probes:
 LAYOUTS = (Layout("cpu.tiles", lambda spec, n, k: None, _tile, _untile, TILE, memory=memory.pages),)
 
 KERNELS = (
-    Kernel("cpu.search", "search", _search),
-    Kernel("cpu.qdq", "qdq", _qdq),
-    Kernel("cpu.qdq_step", "qdq_step", _qdq_step),
-    Kernel("cpu.quantize", "quantize", _quantize),
-    Kernel("cpu.dequantize", "dequantize", _dequantize),
-    Kernel("cpu.quantize_act", "quantize_act", _quantize_act),
+    *groupwise.rows(NAME, native, _where),
     Kernel("cpu.pack", "pack", _pack, _file_layout),
     Kernel("cpu.unpack", "unpack", _unpack, _file_layout),
     Kernel("cpu.qgemm_fast", "qgemm", _qgemm_fast, _fast, "cpu.tiles"),

@@ -137,7 +137,7 @@ struct Runner {
     for (float& x : v) x = r.normal() / 4;
     const float factors[] = {1, 0.5f, 0.8f, 0.9f, 1.1f, 1.5f};
     const HalSearch search = {s, w.data(), nullptr, factors, 6, amin.data(), amax.data()};
-    t.search(&search, 0, s.n);
+    t.search(&search, 0, groups);
     line("search-min", amin.data(), groups * 4);
     line("search-max", amax.data(), groups * 4);
 
@@ -145,10 +145,10 @@ struct Runner {
     const size_t width = s.dtype == HAL_F32 ? 4 : 2, scale_width = s.scale_dtype == HAL_F32 ? 4 : 2;
     Bytes out(size * 4 + 64);
     const HalQdq qdq = {s, w.data(), params, out.data()};
-    t.qdq(&qdq, 0, s.n);
+    t.qdq(&qdq, 0, groups);
     line("qdq", out.data(), size * width);
     const HalStep step = {s, w.data(), grad.data(), HAL_BF16, params, 0.01f, 0.02f};
-    t.qdq_step(&step, 0, s.n);
+    t.qdq_step(&step, 0, groups);
     line("step-v", v.data(), size * 4);
     line("step-lo", lo.data(), groups * 4);
     line("step-hi", hi.data(), groups * 4);
@@ -157,14 +157,14 @@ struct Runner {
     HalPlain p = {s, codes.data(), scale.data(), s.symmetric ? nullptr : zero.data(), params,
                   w.data(), out.data()};
     p.p.v = nullptr;
-    t.quantize(&p, 0, s.n);
+    t.quantize(&p, 0, groups);
     line("codes", codes.data(), size);
     line("scale", scale.data(), groups * scale_width);
-    t.dequantize(&p, 0, s.n);
+    t.dequantize(&p, 0, groups);
     line("dequantize", out.data(), size * width);
     std::vector<float> act_scale(groups);
     const HalAct act = {s, w.data(), (int8_t*)back.data(), act_scale.data(), 0};
-    t.quantize_act(&act, 0, s.n);
+    t.quantize_act(&act, 0, groups);
     line("act-codes", back.data(), size);
     line("act-scale", act_scale.data(), groups * 4);
     if (s.k % 32 == 0) {
