@@ -5,6 +5,9 @@ if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
 endif()
 enable_language(CUDA)
 set(CMAKE_CUDA_STANDARD 17)
-pybind11_add_module(_cuda NO_EXTRAS kernels_cuda/bind.cpp kernels_cuda/qgemm.cu)
+pybind11_add_module(_cuda NO_EXTRAS kernels_cuda/bind.cpp kernels_cuda/groups.cu
+  kernels_cuda/qgemm.cu)
+# Bit-equal to hal/codec.py: no fused multiply-add but those that are written.
+set_source_files_properties(kernels_cuda/groups.cu PROPERTIES COMPILE_OPTIONS -fmad=false)
 set_target_properties(_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static)
 install(TARGETS _cuda LIBRARY DESTINATION hal)

@@ -22,6 +22,7 @@ class Params:
 
 def search(
     isa: int,
+    threads: int,
     shape: Shape,
     w: int,
     importance: int,
@@ -29,12 +30,12 @@ def search(
     n_factors: int,
     amin: int,
     amax: int,
-    threads: int,
     /,
 ) -> None: ...
-def qdq(isa: int, shape: Shape, w: int, p: Params, out: int, threads: int, /) -> None: ...
+def qdq(isa: int, threads: int, shape: Shape, w: int, p: Params, out: int, /) -> None: ...
 def qdq_step(
     isa: int,
+    threads: int,
     shape: Shape,
     w: int,
     grad: int,
@@ -42,22 +43,21 @@ def qdq_step(
     p: Params,
     lr_v: float,
     lr_range: float,
-    threads: int,
     /,
 ) -> None: ...
 def quantize(
     isa: int,
+    threads: int,
     shape: Shape,
     w: int,
     p: Params,
     codes: int,
     scale: int,
     zero: int,
-    threads: int,
     /,
 ) -> None: ...
 def dequantize(
-    isa: int, shape: Shape, codes: int, scale: int, zero: int, out: int, threads: int, /
+    isa: int, threads: int, shape: Shape, codes: int, scale: int, zero: int, out: int, /
 ) -> None: ...
 def repack(
     isa: int, pack: bool, shape: Shape, layout: int, codes: int, words: int, threads: int, /

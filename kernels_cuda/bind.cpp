@@ -1,31 +1,71 @@
 // SPDX-License-Identifier: Apache-2.0
-// hal._cuda: products of weights in fragment order, over integers (addresses, sizes, codes). The CUDA
-// runtime is linked statically: the module loads on machines without a driver.
-#include <pybind11/pybind11.h>
-
+// hal._cuda: group-wise verbs, and products of weights in fragment order, over integers (addresses,
+// sizes, codes). The CUDA runtime is linked statically: the module loads on machines without a driver.
 #include <stdexcept>
 #include <string>
 
+#include "../csrc/bind_groups.h"
+#include "groups.h"
 #include "qgemm.h"
-
-namespace py = pybind11;
 
 namespace {
 
-using Address = uintptr_t;
+void check(int code) {
+  if (code != 0) throw std::runtime_error(std::string("CUDA: ") + hal_cuda_error(code));
+}
+
+// `stream` and the processors of the device, as every verb gets them.
+template <class Args>
+void run(hal_cuda::Verb verb, Address stream, int units, const Args& a) {
+  check(hal_cuda_groups(verb, &a, a.s.n * a.s.groups, units, at(stream)));
+}
+
+void search(Address stream, int units, const HalShape& s, Address w, Address importance,
+            Address factors, int64_t n_factors, Address amin, Address amax) {
+  run(hal_cuda::SEARCH, stream, units,
+      search_args(s, w, importance, factors, n_factors, amin, amax));
+}
+
+void qdq(Address stream, int units, const HalShape& s, Address w, const HalParams& p, Address out) {
+  run(hal_cuda::QDQ, stream, units, HalQdq{s, at(w), p, at(out)});
+}
+
+void qdq_step(Address stream, int units, const HalShape& s, Address w, Address grad, int grad_dtype,
+              const HalParams& p, float lr_v, float lr_range) {
+  run(hal_cuda::QDQ_STEP, stream, units,
+      HalStep{s, at(w), at(grad), grad_dtype, p, lr_v, lr_range});
+}
+
+void quantize(Address stream, int units, const HalShape& s, Address w, const HalParams& p,
+              Address codes, Address scale, Address zero) {
+  run(hal_cuda::QUANTIZE, stream, units, quantize_args(s, w, p, codes, scale, zero));
+}
+
+void dequantize(Address stream, int units, const HalShape& s, Address codes, Address scale,
+                Address zero, Address out) {
+  run(hal_cuda::DEQUANTIZE, stream, units, dequantize_args(s, codes, scale, zero, out));
+}
+
+void quantize_act(Address stream, int units, const HalShape& s, Address x, Address codes,
+                  Address scale, bool given) {
+  run(hal_cuda::QUANTIZE_ACT, stream, units,
+      HalAct{s, at(x), at<int8_t>(codes), at<float>(scale), given});
+}
 
 // Holds addresses only; whoever makes one keeps the tensors alive.
 struct Weight {
   hal_cuda::Product p;
   int bits, steps;
 
-  Weight(Address codes, Address scale, Address zero, int n, int k, int chunks, int groups, int shift,
-         int scale_dtype, int bits, int steps)
+  Weight(Address codes, Address scale, Address zero, int n, int experts, int k, int chunks,
+         int groups, int shift, int scale_dtype, int bits, int steps)
       : p{}, bits(bits), steps(steps) {
-    p.codes = reinterpret_cast<const uint32_t*>(codes);
-    p.scale = reinterpret_cast<const void*>(scale);
-    p.zero = reinterpret_cast<const uint8_t*>(zero);
-    p.n = n;
+    p.codes = at<const uint32_t>(codes);
+    p.scale = at(scale);
+    p.zero = at<const uint8_t>(zero);
+    p.n = n / experts;
+    p.tiles = (n + 15) / 16;
+    p.expert_tiles = p.tiles / experts;
     p.k = k;
     p.chunks = chunks;
     p.groups = groups;
@@ -34,25 +74,32 @@ struct Weight {
   }
 
   void run(const hal_cuda::Product& given, int dtype, bool dense, Address stream) const {
-    const int code = hal_cuda_product(&given, dtype, bits, steps, dense,
-                                      reinterpret_cast<void*>(stream));
-    if (code != 0) throw std::runtime_error(std::string("CUDA: ") + hal_cuda_error(code));
+    check(hal_cuda_product(&given, dtype, bits, steps, dense, at(stream)));
   }
 
   void product(Address x, int m, Address bias, int bias_dtype, Address out, int dtype,
                Address stream) const {
     hal_cuda::Product given = p;
-    given.x = reinterpret_cast<const void*>(x);
-    given.bias = reinterpret_cast<const void*>(bias);
-    given.out = reinterpret_cast<void*>(out);
+    given.x = at(x);
+    given.bias = at(bias);
+    given.out = at(out);
     given.m = m;
     given.bias_dtype = bias_dtype;
     run(given, dtype, false, stream);
   }
 
+  void grouped(Address x, int m, Address offsets, Address out, int dtype, Address stream) const {
+    hal_cuda::Product given = p;
+    given.x = at(x);
+    given.offsets = at<const int32_t>(offsets);
+    given.out = at(out);
+    given.m = m;
+    run(given, dtype, false, stream);
+  }
+
   void decode(Address out, int dtype, Address stream) const {
     hal_cuda::Product given = p;
-    given.out = reinterpret_cast<void*>(out);
+    given.out = at(out);
     run(given, dtype, true, stream);
   }
 };
@@ -60,8 +107,16 @@ struct Weight {
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
+  bind_arguments(m);
+  m.def("search", search);
+  m.def("qdq", qdq);
+  m.def("qdq_step", qdq_step);
+  m.def("quantize", quantize);
+  m.def("dequantize", dequantize);
+  m.def("quantize_act", quantize_act);
   py::class_<Weight>(m, "Weight")
-      .def(py::init<Address, Address, Address, int, int, int, int, int, int, int, int>())
+      .def(py::init<Address, Address, Address, int, int, int, int, int, int, int, int, int>())
       .def("product", &Weight::product)
+      .def("grouped", &Weight::grouped)
       .def("decode", &Weight::decode);
 }

@@ -38,6 +38,13 @@ HAL_DEVICE Words2 stream2(const uint32_t* at) {
 
 HAL_DEVICE float bits_to_float(uint32_t v) { return __uint_as_float(v); }
 
+// Half of a warp as a team of csrc/team.h; its halves may go different ways.
+HAL_DEVICE int team_lane() { return threadIdx.x % 16; }
+HAL_DEVICE unsigned team_mask() { return 0xFFFFu << (threadIdx.x & 16); }
+HAL_DEVICE float team_at(float x, int lane) { return __shfl_sync(team_mask(), x, lane, 16); }
+HAL_DEVICE float team_xor(float x, int bit) { return __shfl_xor_sync(team_mask(), x, bit, 16); }
+HAL_DEVICE bool team_any(bool x) { return __any_sync(team_mask(), x); }
+
 struct Bf16 {
   // d [16, 8] += a [16, 16] b [16, 8]; fragments as the PTX manual has them for m16n8k16.
   static HAL_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

@@ -18,9 +18,14 @@ __global__ void __launch_bounds__(WARPS* LANES) decode_kernel(Product p) {
   decode<T, BITS>(p);
 }
 
+// How many tokens go to which expert is known on the device only: blocks for all of them would
+// mostly find nothing to do.
+constexpr int MOST_PARTS = 4;
+
 template <class T, int BITS, int TILES>
 void launch(const Product& p, int steps, cudaStream_t stream) {
-  const dim3 grid((p.n + ROWS - 1) / ROWS, (p.m + 8 * TILES - 1) / (8 * TILES));
+  const int parts = (p.m + 8 * TILES - 1) / (8 * TILES);
+  const dim3 grid(p.tiles, p.offsets && parts > MOST_PARTS ? MOST_PARTS : parts);
   const int threads = WARPS * LANES;
   if (steps >= 8) {
     product_kernel<T, BITS, TILES, 8><<<grid, threads, 0, stream>>>(p);
@@ -36,7 +41,7 @@ void launch(const Product& p, int steps, cudaStream_t stream) {
 template <class T, int BITS>
 void launch(const Product& p, int steps, bool dense, cudaStream_t stream) {
   if (dense) {
-    const int64_t units = (int64_t)((p.n + ROWS - 1) / ROWS) * p.chunks;
+    const int64_t units = (int64_t)p.tiles * p.chunks;
     decode_kernel<T, BITS><<<(unsigned)((units + WARPS - 1) / WARPS), WARPS * LANES, 0, stream>>>(p);
   } else if (p.m <= 8) {
     launch<T, BITS, 1>(p, steps, stream);

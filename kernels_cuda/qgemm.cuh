@@ -99,21 +99,22 @@ struct Decode<Bf16, 8> {
 };
 
 // Four activations of a token, two pairs; zeros past the end.
-HAL_DEVICE void load_x(const Product& p, int token, int column, uint32_t (&b)[2]) {
+HAL_DEVICE void load_x(const Product& p, int token, int end, int column, uint32_t (&b)[2]) {
   b[0] = b[1] = 0;
-  if (token < p.m && column < p.k) {
+  if (token < end && column < p.k) {
     const uint32_t* at = static_cast<const uint32_t*>(p.x) + ((int64_t)token * p.k + column) / 2;
     b[0] = at[0];
     b[1] = at[1];
   }
 }
 
-// One block: a tile of 16 rows, tokens 8 TILES blockIdx.y on. GROUP: steps of a group, at most 8.
+// A tile of 16 rows times tokens first .. first + 8 TILES, of which those from `end` on are not there.
+// GROUP: steps of a group, at most 8.
 template <class T, int BITS, int TILES, int GROUP>
-HAL_DEVICE void product(const Product& p, float (*sums)[ROWS * 8 * TILES]) {
+HAL_DEVICE void tile_product(const Product& p, int64_t tile, int first, int end,
+                             float (*sums)[ROWS * 8 * TILES]) {
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-  const int row = lane / 4, part = lane % 4, first = blockIdx.y * 8 * TILES;
-  const int64_t tile = blockIdx.x;
+  const int row = lane / 4, part = lane % 4;
   const uint32_t* codes = p.codes + tile * p.chunks * 2 * BITS * LANES;
   float total[TILES][4] = {};
   for (int chunk = warp; chunk < p.chunks; chunk += WARPS) {
@@ -139,7 +140,7 @@ HAL_DEVICE void product(const Product& p, float (*sums)[ROWS * 8 * TILES]) {
 #pragma unroll
         for (int t = 0; t < TILES; t++) {
           uint32_t b[2];
-          load_x(p, first + 8 * t + row, chunk * CHUNK + step * STEP + 4 * part, b);
+          load_x(p, first + 8 * t + row, end, chunk * CHUNK + step * STEP + 4 * part, b);
           T::mma(dot[t], a, b);
         }
       }
@@ -165,12 +166,28 @@ HAL_DEVICE void product(const Product& p, float (*sums)[ROWS * 8 * TILES]) {
   __syncthreads();
   for (int i = threadIdx.x; i < ROWS * 8 * TILES; i += WARPS * LANES) {
     const int token = first + i / ROWS;
-    const int64_t column = tile * ROWS + i % ROWS;
-    if (token >= p.m || column >= p.n) continue;
+    const int64_t column = (p.offsets ? tile % p.expert_tiles : tile) * ROWS + i % ROWS;
+    if (token >= end || column >= p.n) continue;
     float sum = 0;
     for (int w = 0; w < WARPS; w++) sum += sums[w][i];
     if (p.bias) sum += load_float(p.bias, column, p.bias_dtype);
     T::store(p.out, (int64_t)token * p.n + column, sum);
+  }
+}
+
+// One block: a tile of 16 rows, with every gridDim.y-th 8 TILES of the tokens: all, or the expert's.
+template <class T, int BITS, int TILES, int GROUP>
+HAL_DEVICE void product(const Product& p, float (*sums)[ROWS * 8 * TILES]) {
+  const int64_t tile = blockIdx.x;
+  int first = 0, end = p.m;
+  if (p.offsets) {
+    const int64_t expert = tile / p.expert_tiles;
+    first = p.offsets[expert];
+    end = p.offsets[expert + 1];
+  }
+  for (first += blockIdx.y * 8 * TILES; first < end; first += gridDim.y * 8 * TILES) {
+    tile_product<T, BITS, TILES, GROUP>(p, tile, first, end, sums);
+    __syncthreads();  // the sums are read before the next are written
   }
 }
 

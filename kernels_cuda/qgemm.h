@@ -10,7 +10,8 @@ namespace hal_cuda {
 enum Float { FLOAT_F32 = 0, FLOAT_BF16 = 1, FLOAT_F16 = 2 };
 
 // x [m, k] times rows of the weight -> out [m, n]. `shift`: log2 of the columns of a group, or 31
-// where a row is one.
+// where a row is one. With experts, whose n rows lie after each other and are whole tiles, `offsets`
+// says where the tokens of each begin: e has offsets[e] .. offsets[e + 1].
 struct Product {
   const void* x;
   const uint32_t* codes;  // [tiles, chunks, 2 bits, 32] in fragment order (qgemm.cuh)
@@ -18,7 +19,8 @@ struct Product {
   const uint8_t* zero;    // the same, or null
   const void* bias;       // [n] or null
   void* out;
-  int32_t m, n, k, chunks, groups, shift;
+  const int32_t* offsets;  // [experts + 1] or null
+  int32_t m, n, k, chunks, groups, shift, tiles, expert_tiles;
   int32_t scale_dtype, bias_dtype;
 };
 

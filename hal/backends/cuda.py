@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NVIDIA GPUs: products in CUDA C++ (kernels_cuda/) for what Triton does less well, a few rows."""
+"""NVIDIA GPUs: group-wise verbs and products of few rows in CUDA C++ (kernels_cuda/)."""
 
 import importlib
 from functools import cache
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hal import groupwise
 from hal.backends import reference
 from hal.layout import Layout, Parts, as_i32
 from hal.plan import Weight
@@ -18,7 +19,7 @@ from hal.spec import Spec
 
 NAME = "cuda"
 KINDS = {NAME: EMULATED}
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = groupwise.DTYPES
 ROWS, CHUNK, STEP = 16, 128, 16  # rows of a tile, columns of a chunk and of a tensor-core product
 FEW = 64  # rows; from more on the weight is decoded for torch's dense product
 
@@ -36,6 +37,27 @@ def _import() -> ModuleType | str:
 def probe() -> str | None:
     module = _import()
     return module if isinstance(module, str) else None
+
+
+def _native() -> ModuleType:
+    module = _import()
+    assert not isinstance(module, str), module
+    return module
+
+
+def _stream(device: torch.device) -> int:
+    """Where torch queues its work on a device."""
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+@cache
+def _units(device: torch.device) -> int:
+    return caps(device).units
+
+
+def _where(device: torch.device) -> tuple[int, int]:
+    """How the group-wise verbs are to run: stream, and the device's processors."""
+    return _stream(device), _units(device)
 
 
 #: What torch tells of the device, and torch's own operations between products.
@@ -133,34 +155,36 @@ def steps(spec: Spec, k: int) -> int:
 
 def _bound(weight: Weight) -> Any:
     if weight.handle is None:
-        module = _import()
-        assert not isinstance(module, str)
         spec, (n, k), parts = weight.spec, weight.shape, weight.parts
         zero = parts["zero"].data_ptr() if "zero" in parts else 0
         at = (parts["codes"].data_ptr(), parts["scale"].data_ptr(), zero)
-        sizes = (n, k, parts["codes"].shape[1], spec.groups(k), shift(spec, k))
+        sizes = (n, weight.experts, k, parts["codes"].shape[1], spec.groups(k), shift(spec, k))
         how = (DTYPES[spec.scale_dtype], spec.bits, steps(spec, k))
-        weight.handle = module.Weight(*at, *sizes, *how)
+        weight.handle = _native().Weight(*at, *sizes, *how)
     return weight.handle
 
 
 def _qgemm(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor) -> None:
     bias = None if bias is None else bias.contiguous()
     at, kind = (0, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype])
-    stream = torch.cuda.current_stream(x.device).cuda_stream
     args = (x.data_ptr(), x.shape[0], at, kind, out.data_ptr(), DTYPES[x.dtype])
-    _bound(weight).product(*args, stream)
+    _bound(weight).product(*args, _stream(x.device))
 
 
 def _qgemm_dense(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor) -> None:
     """The weight rounded to the dtype of x and multiplied by torch."""
     dense = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
-    stream = torch.cuda.current_stream(x.device).cuda_stream
-    _bound(weight).decode(dense.data_ptr(), DTYPES[x.dtype], stream)
+    _bound(weight).decode(dense.data_ptr(), DTYPES[x.dtype], _stream(x.device))
     if bias is None:
         torch.mm(x, dense.t(), out=out)
     else:
         torch.addmm(bias.to(x.dtype), x, dense.t(), out=out)
+
+
+def _qgemm_grouped(x: Tensor, weight: Weight, offsets: Tensor, out: Tensor) -> None:
+    offsets = offsets.contiguous()
+    args = (x.data_ptr(), x.shape[0], offsets.data_ptr(), out.data_ptr(), DTYPES[x.dtype])
+    _bound(weight).grouped(*args, _stream(x.device))
 
 
 def refuse(case: Case) -> str | None:
@@ -179,9 +203,17 @@ def _few(case: Case) -> str | None:
     return refuse(case) or (None if case.m <= FEW else f"m > {FEW}: the dense product is faster")
 
 
+def _experts(case: Case) -> str | None:
+    rows = case.n // case.experts
+    tiles = f"{rows} rows of an expert are no multiple of {ROWS}" if rows % ROWS else None
+    return refuse(case) or tiles
+
+
 LAYOUTS = (Layout("cuda.fragments", lambda spec, n, k: None, _to_fragments, _from_fragments, ROWS),)
 
 KERNELS = (
+    *groupwise.rows(NAME, _native, _where),
     Kernel("cuda.qgemm", "qgemm", _qgemm, _few, "cuda.fragments"),
     Kernel("cuda.qgemm_dense", "qgemm", _qgemm_dense, refuse, "cuda.fragments"),
+    Kernel("cuda.qgemm_grouped", "qgemm_grouped", _qgemm_grouped, _experts, "cuda.fragments"),
 )

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // A GPU's threads on the host, for tests: what kernels_cuda/device.cuh offers, with the same meaning.
-// A thread is a fiber; a block's fibers take turns, and wait for their warp at a tensor-core product
-// and for their block at __syncthreads. Says nothing of races or of speed.
+// A thread is a fiber; a block's fibers take turns, and wait for their warp at a tensor-core product,
+// for their half of it where they exchange numbers, and for their block at __syncthreads. Says nothing
+// of races or of speed.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -19,7 +20,7 @@ struct Index {
   int x, y, z;
 };
 
-enum State { RUNS, AT_WARP, AT_BLOCK, DONE };
+enum State { RUNS, AT_TEAM, AT_WARP, AT_BLOCK, DONE };
 
 // What the threads of a warp hand in for a product of [16, 16] and [16, 8].
 struct Offer {
@@ -33,11 +34,12 @@ struct Fiber {
   std::unique_ptr<char[]> stack{new char[1 << 16]};
   State state = RUNS;
   Offer offer;
+  float given, shown[16];  // to the team; by all of the team
 };
 
 inline ucontext_t scheduler;
 inline Fiber* current;
-inline Index thread, block;
+inline Index thread, block, grid;
 
 inline void wait(State state) {
   current->state = state;
@@ -64,12 +66,24 @@ inline void multiply(Fiber* warp) {
   }
 }
 
+// Once all of a team have given a number, each sees the numbers of all.
+inline void exchange(Fiber* team) {
+  for (int i = 0; i < 16; i++) {
+    if (team[i].state != AT_TEAM) return;
+  }
+  for (int i = 0; i < 16; i++) {
+    for (int j = 0; j < 16; j++) team[i].shown[j] = team[j].given;
+    team[i].state = RUNS;
+  }
+}
+
 template <class Body>
 void run_block(int threads, Body& body) {
-  std::vector<Fiber> fibers(threads);
+  static std::vector<Fiber> fibers(threads);  // all blocks of a body have as many
   static Body* entered;
   entered = &body;
   for (Fiber& f : fibers) {
+    f.state = RUNS;
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.get();
     f.context.uc_stack.ss_size = 1 << 16;
@@ -83,6 +97,7 @@ void run_block(int threads, Body& body) {
       thread = {i, 0, 0};
       swapcontext(&scheduler, &current->context);
     }
+    for (int t = 0; t < threads; t += 16) exchange(&fibers[t]);
     done = 0;
     int blocked = 0;
     for (int w = 0; w < threads; w += 32) {
@@ -105,7 +120,8 @@ void run_block(int threads, Body& body) {
 
 // Calls body() in every thread of every block.
 template <class Body>
-void run(Index grid, int threads, Body body) {
+void run(Index blocks, int threads, Body body) {
+  grid = blocks;
   for (int y = 0; y < grid.y; y++) {
     for (int x = 0; x < grid.x; x++) {
       block = {x, y, 0};
@@ -118,8 +134,27 @@ void run(Index grid, int threads, Body body) {
 
 #define threadIdx simt::thread
 #define blockIdx simt::block
+#define gridDim simt::grid
 
 inline void __syncthreads() { simt::wait(simt::AT_BLOCK); }
+
+inline int team_lane() { return threadIdx.x % 16; }
+
+inline const float* team_numbers(float own) {
+  simt::current->given = own;
+  simt::wait(simt::AT_TEAM);
+  return simt::current->shown;
+}
+
+inline float team_at(float x, int lane) { return team_numbers(x)[lane]; }
+inline float team_xor(float x, int bit) { return team_numbers(x)[team_lane() ^ bit]; }
+inline bool team_any(bool x) {
+  const float* all = team_numbers(x);
+  for (int i = 0; i < 16; i++) {
+    if (all[i] != 0) return true;
+  }
+  return false;
+}
 
 struct Words4 {
   uint32_t w[4];

@@ -9,13 +9,14 @@ namespace {
 template <class T, int BITS, int TILES, int GROUP>
 void product_on_host(const Product& p) {
   static float sums[WARPS][ROWS * 8 * TILES];
-  simt::run({(p.n + ROWS - 1) / ROWS, (p.m + 8 * TILES - 1) / (8 * TILES), 1}, WARPS * LANES,
+  const int parts = (p.m + 8 * TILES - 1) / (8 * TILES);
+  simt::run({p.tiles, p.offsets && parts > 2 ? 2 : parts, 1}, WARPS * LANES,
             [&] { product<T, BITS, TILES, GROUP>(p, sums); });
 }
 
 template <class T, int BITS>
 void decode_on_host(const Product& p) {
-  const int units = (p.n + ROWS - 1) / ROWS * p.chunks;
+  const int units = p.tiles * p.chunks;
   simt::run({(units + WARPS - 1) / WARPS, 1, 1}, WARPS * LANES, [&] { decode<T, BITS>(p); });
 }
 
@@ -49,8 +50,8 @@ void each(const Product& p, int bits, int steps, bool dense) {
 
 }  // namespace
 
-// `hal_cuda_product` of kernels_cuda/qgemm.cu, here.
-extern "C" int hal_cuda_product(const Product* p, int dtype, int bits, int steps, int dense, void*) {
+// The border of kernels_cuda/qgemm.cu, here.
+int hal_cuda_product(const Product* p, int dtype, int bits, int steps, int dense, void*) {
   if (dtype == FLOAT_BF16) {
     each<Bf16>(*p, bits, steps, dense != 0);
   } else {
@@ -58,3 +59,5 @@ extern "C" int hal_cuda_product(const Product* p, int dtype, int bits, int steps
   }
   return 0;
 }
+
+const char* hal_cuda_error(int) { return "none"; }

@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+// The group-wise verbs: the bodies of csrc/group_ops.h, whose 16 lanes are half a warp.
+#pragma once
+#define HAL_TEAM
+#include "device.cuh"
+
+#include "../csrc/group_ops.h"
+#include "groups.h"
+
+namespace hal_cuda {
+
+constexpr int TEAM = 16, TEAMS = 16;  // threads of a team, teams of a block
+
+// Every team has `per` groups in a row.
+template <int VERB, class Args>
+HAL_DEVICE void groups(const Args& a, int64_t count, int per) {
+  const int64_t from = ((int64_t)blockIdx.x * TEAMS + threadIdx.x / TEAM) * per;
+  const int64_t end = from + per < count ? from + per : count;
+  if (from >= end) return;
+  if constexpr (VERB == SEARCH) search_groups(&a, from, end);
+  if constexpr (VERB == QDQ) qdq_groups(&a, from, end);
+  if constexpr (VERB == QDQ_STEP) step_groups(&a, from, end);
+  if constexpr (VERB == QUANTIZE) quantize_groups(&a, from, end);
+  if constexpr (VERB == DEQUANTIZE) dequantize_groups(&a, from, end);
+  if constexpr (VERB == QUANTIZE_ACT) quantize_act_groups(&a, from, end);
+}
+
+}  // namespace hal_cuda

@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
+// The border of the group-wise verbs: plain C, arguments as in csrc/hal_abi.h.
+#pragma once
+#include <stdint.h>
+
+namespace hal_cuda {
+
+enum Verb { SEARCH, QDQ, QDQ_STEP, QUANTIZE, DEQUANTIZE, QUANTIZE_ACT };
+
+}  // namespace hal_cuda
+
+// `args`: HalSearch, HalQdq, HalStep, HalPlain (both directions) or HalAct. `count`: groups of the
+// matrix; `units`: processors of the device. Returns a cudaError_t.
+extern "C" int hal_cuda_groups(int verb, const void* args, int64_t count, int units, void* stream);
