@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from autoround.errors import InputError
+from autoround.patterns import compiled
 from hal import Spec
 
 #: Bits of a weight that stays as it is in the checkpoint.
@@ -114,16 +115,11 @@ def pattern(key: str, names: Iterable[str]) -> list[str]:
     ``layers.1`` does not reach ``layers.10``. Raises InputError when nothing matches.
     """
     names = list(names)
-    own = [n for n in names if n == key or n.startswith(key + ".")]
-    if own:
-        return own
+    if exact := [n for n in names if n == key or n.startswith(key + ".")]:
+        return exact
     plain = not re.search(r"[*^$|()\[\]?+\\]", key)
-    source = rf"(?<!\d(?=\d)){re.escape(key)}(?!(?<=\d)\d)" if plain else key
-    try:
-        expression = re.compile(source)
-    except re.error as error:
-        raise InputError(f"layer pattern {key!r} is not a regular expression: {error}") from None
-    found = [n for n in names if expression.search(n)]
+    own = re.compile(rf"(?<!\d(?=\d)){re.escape(key)}(?!(?<=\d)\d)") if plain else compiled(key)
+    found = [n for n in names if own.search(n)]
     if not found:
         example = names[0] if names else "none"
         raise InputError(f"layer pattern {key!r} matches no layer; layers look like {example!r}")

@@ -21,6 +21,7 @@ from autoround.formats import awq, canonical, compressed, gptq, mlx
 from autoround.formats.contents import Contents, Module, Stored
 from autoround.formats.sink import DTYPES
 from autoround.header import BITS
+from autoround.patterns import compiled
 from autoround.scheme import KEEP_BITS, KEPT, TABLES, Scheme
 from hal import QTensor, Spec, Unsupported
 
@@ -37,7 +38,7 @@ PACKED_PARTS = (
 
 #: What reading tensors that do not fit together, or settings that lie, may end in.
 UNREADABLE = (
-    ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, re.error,
+    ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError,
     MemoryError, Unsupported,
 )  # fmt: skip
 
@@ -247,7 +248,7 @@ class Quantized:
         row = own.get(self.homes[name][0])  # MLX
         row = (own.get("extra_config") or {}).get(name) or (row if isinstance(row, dict) else {})
         for key, changes in (own.get("dynamic") or {}).items():
-            if re.match(key.removeprefix("+:"), name):
+            if compiled(key.removeprefix("+:")).match(name):
                 row = changes
                 break
         return {**own, **{key: value for key, value in row.items() if value is not None}}

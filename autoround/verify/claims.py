@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from autoround.patterns import compiled
+
 
 @dataclass(frozen=True, slots=True)
 class Claim:
@@ -35,7 +37,7 @@ def auto_round(config: Config, name: str, inside: bool) -> Claim | None:
 def gptq(config: Config, name: str, inside: bool) -> Claim | None:
     """GPTQModel's ``dynamic`` in its order, then the list of names inside a block."""
     for key, own in (config.get("dynamic") or {}).items():
-        if re.match(key.removeprefix("-:").removeprefix("+:"), name):
+        if compiled(key.removeprefix("-:").removeprefix("+:")).match(name):
             return None if key.startswith("-:") else _claim({**_plain(config), **own})
     if not inside:
         return _claim(_plain(config)) if config.get("lm_head") else None
@@ -86,11 +88,11 @@ def _claim(row: Config) -> Claim | None:
 
 
 def _is_regex(key: str, name: str) -> bool:
-    return bool(re.search(r"[*+?^$()\[\]{}|\\]", key)) and bool(re.search(key, name))
+    return bool(re.search(r"[*+?^$()\[\]{}|\\]", key)) and compiled(key).search(name)
 
 
 def _named(row: str, name: str) -> bool:
-    return bool(re.match(row[3:], name)) if row.startswith("re:") else row == name
+    return compiled(row[3:]).match(name) if row.startswith("re:") else row == name
 
 
 RULES: dict[str, Callable[[Config, str, bool], Claim | None]] = {

@@ -91,7 +91,7 @@ SUBJECTS: dict[str, Subject] = {
                 f"quantize {{corpus}}/qwen3 -o {{out}} --dataset {{file}} {READ}", 2),
         Subject("layer config", "recipe", "layers.json",
                 f"quantize {{corpus}}/llama -o {{out}} --layer-config {{file}} {RTN}",
-                words=("layer_config", "layer pattern", "one tensor and need one scheme")),
+                words=("layer_config", "pattern", "one tensor and need one scheme")),
         *(Subject(f"{verb} {name}", f"run/{place}", files, command, 2)
           for name, place in RUNS.items()
           for verb, files, command in (

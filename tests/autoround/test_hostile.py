@@ -122,6 +122,8 @@ def twice(table: dict) -> bytes:
 DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
 WHERE = "weight_map__model.norm.weight"
 MODULE = "model.layers.0.mlp.up_proj"
+#: What a matcher that backtracks does not come to an end with.
+SLOW = r"(?:(?:\w+\.?)+)+!"
 RULES = {"AutoModelForCausalLM": "modeling_evil.Evil", "AutoConfig": "configuration_evil.Evil"}
 
 #: subject, damaged file, damage, words of the line
@@ -180,6 +182,11 @@ ROWS = [
     ("convert canonical", "autoround.json", text(DEEP), "nested too deeply"),
     ("verify gptq", "config.json", setting(quantization_config__dynamic={"(": {}}), None),
     ("verify gptq", "config.json", setting(quantization_config__dynamic=[1]), None),
+    ("verify gptq", "config.json", setting(quantization_config__dynamic={SLOW: {}}), None),
+    ("verify gptq", "config.json", setting(quantization_config__dynamic={"(.)\\1": {}}), "differ"),
+    ("verify ct", "config.json", setting(quantization_config__ignore=["re:" + SLOW]), None),
+    ("load gptq", "config.json", setting(quantization_config__dynamic={SLOW: {}}), None),
+    ("layer config", "layers.json", setting(**{SLOW: "W8A16"}), "matches no layer"),
     ("load mlx", "config.json", setting(architectures=["AutoModel"]), None),
     ("load mlx", "config.json", setting(quantization__bits={}), "bits in quantization is {}"),
     ("load fake", "config.json", setting(vocab_size=2**40), "config.json"),
