@@ -8,6 +8,7 @@ import mmap
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from autoround import digest
 from autoround.errors import InputError
 from autoround.files import AGAIN, read_json
 from autoround.header import Entry, read_header
+from autoround.stacks import Slab, Stack, find_stacks, kind_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -229,6 +231,27 @@ class Checkpoint:
         """Numbers in all tensors."""
         return sum(math.prod(entry.shape) for entry in self.entries.values())
 
+    @cached_property
+    def stacks(self) -> dict[str, Stack]:
+        """Experts that are stored as one tensor, by its key."""
+        shapes = {name: entry.shape for name, entry in self.entries.items()}
+        return find_stacks(shapes, kind_of(self.config))
+
+    @cached_property
+    def slabs(self) -> dict[str, Slab]:
+        """Single experts' layers, by the keys that they would have on their own."""
+        return {key: slab for one in self.stacks.values() for key, slab in one.layers.items()}
+
+    def unstacked(self, chosen: Iterable[str]) -> list[str]:
+        """Keys of all tensors; in the place of a stack that layers in ``chosen`` are of, those of
+        its layers."""
+        split = {slab.stack for key in chosen if (slab := self.slabs.get(key))}
+        return [
+            key
+            for name in self.entries
+            for key in (self.stacks[name].layers if name in split else (name,))
+        ]
+
     def entry(self, name: str) -> Entry:
         """The entry of a tensor, or InputError with the directory."""
         if name not in self.entries:
@@ -238,12 +261,15 @@ class Checkpoint:
         return self.entries[name]
 
     def get(self, name: str, rows: slice = slice(None)) -> Tensor:
-        """One tensor, or some of its rows, mapped without a copy; writing to it changes neither
-        file nor later reads. The mapping lives as long as the tensor.
+        """One tensor, one expert's layer of a stack, or some rows of a tensor, mapped without a
+        copy; writing to it changes neither file nor later reads. The mapping lives as long as the
+        tensor.
 
         The header was read once: opening a shard anew for each of its thousands of tensors would
         take longer than reading them.
         """
+        if name not in self.entries and (slab := self.slabs.get(name)):
+            return slab.of(self.get(slab.stack, slice(slab.expert, slab.expert + 1))[0])[rows]
         entry = self.entry(name)
         dtype = DTYPES.get(entry.dtype)
         if dtype is None:

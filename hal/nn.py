@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules over `hal.qgemm`, for runtimes that think in modules."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -57,17 +57,26 @@ class QLinear(nn.Module):
 class QExperts(nn.Module):
     """Routed experts ``down(act(gate_up(x)))`` over two grouped weights, tokens sorted by expert.
 
-    ``act``: ``[T, 2 I] -> [T, I]`` (or ``[T, I] -> [T, I]`` without a gate).
+    ``act``: ``[T, 2 I] -> [T, I]`` (or ``[T, I] -> [T, I]`` without a gate). ``biases``: none, or
+    those of gate_up and of down, ``[E, rows]``, under the names they get as parameters.
     """
 
-    def __init__(self, experts: int, act: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self,
+        experts: int,
+        act: Callable[[Tensor], Tensor],
+        biases: Mapping[str, nn.Parameter] | None = None,
+    ) -> None:
         super().__init__()
         self.experts, self.act = experts, act
+        self._biases = tuple(biases or ())
+        for name, bias in (biases or {}).items():
+            self.register_parameter(name, bias)
         self.up: Weight | None = None
         self.down: Weight | None = None
 
     def load(self, up: QTensor, down: QTensor, dtype: torch.dtype, *, fast: bool = False) -> None:
-        """``up [E * 2 I, K]`` (gate rows before up rows of each expert) and ``down [E * K, I]``.
+        """``up [E * 2 I, K]`` (rows as ``act`` takes them) and ``down [E * K, I]``.
 
         ``fast`` as for `QLinear.load`.
         """
@@ -79,19 +88,27 @@ class QExperts(nn.Module):
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """``x [T, K]``; ``index``, ``weights [T, k]``: each token's experts and their shares."""
-        assert self.up is not None, "QExperts.load() comes first"
-        assert self.down is not None
-        self.up, self.down = _for_input(self.up, x), _for_input(self.down, x)
         order = index.flatten().argsort(stable=True)
         tokens = order // index.shape[1]
         counts = torch.bincount(index.flatten(), minlength=self.experts)[: self.experts]
+        used = int(counts.sum())  # an index of E means "no expert" and sorts last
+        order, tokens = order[:used], tokens[:used]
+        y = self.sorted(x[tokens], counts) * weights.flatten()[order, None]
+        return torch.zeros_like(x).index_add_(0, tokens, y.to(x.dtype))
+
+    def sorted(self, x: Tensor, counts: Tensor) -> Tensor:
+        """``x [T, K]`` sorted by expert, ``counts [E]`` rows of each -> ``[T, K]``."""
+        assert self.up is not None, "QExperts.load() comes first"
+        assert self.down is not None
+        self.up, self.down = _for_input(self.up, x), _for_input(self.down, x)
         offsets = torch.zeros(self.experts + 1, dtype=torch.int32, device=x.device)
         offsets[1:] = counts.cumsum(0)
-        used = int(offsets[-1])  # an index of E means "no expert" and sorts last
-        order, tokens = order[:used], tokens[:used]
-        inner = self.act(qgemm_grouped(x[tokens], self.up, offsets))
-        y = qgemm_grouped(inner, self.down, offsets) * weights.flatten()[order, None]
-        return torch.zeros_like(x).index_add_(0, tokens, y.to(x.dtype))
+        up, down = qgemm_grouped(x, self.up, offsets), self.down
+        if not self._biases:
+            return qgemm_grouped(self.act(up), down, offsets)
+        own = torch.repeat_interleave(counts, output_size=len(x))
+        of_up, of_down = (self.get_parameter(name)[own] for name in self._biases)
+        return qgemm_grouped(self.act(up + of_up), down, offsets) + of_down
 
     def extra_repr(self) -> str:
         return ", ".join(_describe(w) for w in (self.up, self.down) if w)

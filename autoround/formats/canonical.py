@@ -57,6 +57,7 @@ def to_json(contents: Contents) -> dict[str, Any]:
     return {
         "blocks": contents.blocks,
         "base": _scheme(contents.base),
+        "stacks": [*contents.stacks],
         "tensors": {key: [t.dtype, list(t.shape)] for key, t in contents.tensors.items()},
         "modules": {
             m.name: {

@@ -60,6 +60,7 @@ class Contents:
     the float model. ``tensors``: every tensor of the source in its order; quantized ones are the
     keys of ``modules``. ``schemes``: every module that was up for quantization -> what it got;
     16 bits = kept. ``base``: the scheme asked for. ``blocks``: name of the list of blocks.
+    ``stacks``: tensors that the float model has in the place of single experts' layers.
     """
 
     home: Path
@@ -69,6 +70,7 @@ class Contents:
     schemes: Mapping[str, Scheme]
     base: Scheme
     blocks: str
+    stacks: tuple[str, ...] = ()
 
     @property
     def kept(self) -> list[Stored]:

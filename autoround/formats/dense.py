@@ -44,6 +44,13 @@ F32 = Packing(
 )
 
 
+def refuse(contents: Contents) -> str | None:
+    """A dense model has its experts as its own code wants them."""
+    if not contents.stacks:
+        return None
+    return f"the model has its experts as one tensor, {contents.stacks[0]}, not one by one"
+
+
 def no_config(contents: Contents, packing: Packing) -> dict[str, Any]:
     """An ordinary model."""
     return {}

@@ -47,6 +47,8 @@ Written = list[tuple[str, int]]
 def target(format: Format, contents: Contents) -> Target:
     """Plan one directory. Raises InputError where the format cannot hold the contents."""
     packing = choose(format, list(contents.modules.values()))
+    if reason := format.refuse(contents):
+        raise InputError(f"format {format.name}: {reason}; use --format auto_round")
     pieces: dict[str, Pieces] = {}
     for key, tensor in contents.tensors.items():
         if module := contents.modules.get(key):

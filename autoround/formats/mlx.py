@@ -12,6 +12,7 @@ from autoround.formats.contents import Contents, Module
 from autoround.formats.row import Packing, Parts, Place, Shapes, check, scale_name
 from autoround.formats.sink import DTYPES, FLOATS
 from autoround.scheme import KEEP_BITS, Scheme
+from autoround.stacks import kind_of
 from hal import QTensor, Spec
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -20,7 +21,8 @@ GROUPS = (32, 64, 128)
 EXPERT = re.compile(r"^(.*)\.experts\.(\d+)\.(w[123]|gate_proj|up_proj|down_proj)\b(.*)$")
 ROLES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 #: Families whose checkpoints call them by the short names.
-SHORT = ("mixtral", "phimoe")
+SHORT = ("mixtral", "phimoe", "granitemoe", "granitemoeshared", "granitemoehybrid")
+ELSEWHERE = ("gpt_oss", "llama4", "gemma4")
 #: Families whose activations leave the range of f16.
 WIDE = ("gemma",)
 
@@ -116,6 +118,14 @@ def place(name: str) -> Place:
         where, index, role, rest = match.groups()
         return Place(f"{where}.switch_mlp.{ROLES.get(role, role)}{rest}", int(index))
     return Place(name)
+
+
+def refuse(contents: Contents) -> str | None:
+    """Families whose experts mlx-lm (0.32) has elsewhere than in a ``switch_mlp``."""
+    kind = kind_of(contents.config)
+    if kind.startswith(ELSEWHERE) and any(EXPERT.match(m.name) for m in contents.modules.values()):
+        return f"mlx-lm has the experts of {kind} under names that are not written yet"
+    return None
 
 
 def expert_names(prefix: str, count: int, model_type: str) -> list[str]:

@@ -375,13 +375,14 @@ class Quantized:
             }
             schemes = {name: Scheme(*row) for name, row in record["schemes"].items()}
             base, blocks = Scheme(*record["base"]), str(record["blocks"])
+            stacked = tuple(map(str, record.get("stacks", ())))
         except UNREADABLE as error:
             raise InputError(
                 f"{self.path / RECORD} does not describe the weights ({error!r}); make the run anew"
             ) from None
         modules = {module.key: self._measured(module) for module in self.recorded.values()}
         config = float_config(self.config)
-        return Contents(self.path, config, tensors, modules, schemes, base, blocks)
+        return Contents(self.path, config, tensors, modules, schemes, base, blocks, stacked)
 
     def _measured(self, module: Module) -> Module:
         """With the least of its zero levels, which was not known when the run was planned."""

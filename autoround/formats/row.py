@@ -61,6 +61,11 @@ def as_stored(dtype: str, contents: Contents) -> str:
     return dtype
 
 
+def any_model(contents: Contents) -> str | None:
+    """No objection."""
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Packing:
     """How one kind of file stores one quantized weight.
@@ -86,7 +91,8 @@ class Format:
     packing)``: what config.json gets beside the source's own keys; ``torch_dtype`` there sets the
     dtype at every level. ``uniform``: its readers know one scheme and 16 bits. ``place``: names,
     where not the checkpoint's; ``cast``: safetensors dtype that kept tensors are written in;
-    ``metadata``: of the safetensors header. ``files``: copies of ``quantization_config`` that
+    ``metadata``: of the safetensors header. ``refuse``: why it cannot hold a model, whatever its
+    layers, or None. ``files``: copies of ``quantization_config`` that
     readers look for.
     """
 
@@ -97,5 +103,6 @@ class Format:
     place: Callable[[str], Place] = as_named
     cast: Callable[[str, Contents], str] = as_stored
     metadata: str = "pt"
+    refuse: Callable[[Contents], str | None] = any_model
     files: tuple[str, ...] = ()
     uniform: bool = False

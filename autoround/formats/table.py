@@ -62,16 +62,20 @@ FORMATS: dict[str, Format] = {
         Format(
             "mlx", "MLX affine, experts stacked",
             (mlx.AFFINE,), mlx.mlx_config, place=mlx.place, cast=mlx.cast, metadata="mlx",
+            refuse=mlx.refuse,
         ),
         Format(
             "auto_round:mlx", "the same, signed auto-round",
             (mlx.AFFINE,), mlx.auto_round_mlx_config, place=mlx.place, cast=mlx.cast,
-            metadata="mlx",
+            metadata="mlx", refuse=mlx.refuse,
         ),
-        Format("fake", "dequantized, in the model's dtype", (dense.OWN,), dense.no_config),
+        Format(
+            "fake", "dequantized, in the model's dtype", (dense.OWN,), dense.no_config,
+            refuse=dense.refuse,
+        ),
         Format(
             "fake:float32", "dequantized, in f32: exact", (dense.F32,), dense.f32_config,
-            cast=dense.f32,
+            cast=dense.f32, refuse=dense.refuse,
         ),
     )
 }  # fmt: skip

@@ -7,19 +7,22 @@ a home in the model is an error. The packed tensors bypass transformers' loader:
 the files straight into the kernels' layout.
 """
 
+import inspect
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
 import hal
+from autoround import stacks
 from autoround.errors import InputError
 from autoround.formats import Quantized
 from autoround.integrations import packed
@@ -30,10 +33,11 @@ from hal import QExperts, QLinear, QTensor
 @dataclass(frozen=True, slots=True)
 class _Swap:
     """A module to be quantized and, per weight in it, the packed modules it is made of and its
-    ``[N, K]``."""
+    ``[N, K]``. ``alternating``: the model wants gate and up rows of its experts in turns."""
 
     name: str
     weights: dict[str, tuple[list[str], tuple[int, int]]]
+    alternating: bool = False
 
 
 class AutoroundQuantizer(HfQuantizer):
@@ -77,7 +81,8 @@ class AutoroundQuantizer(HfQuantizer):
                 leaf: packed.read(self._files, *made_of) for leaf, made_of in swap.weights.items()
             }
             if isinstance(module, QExperts):
-                up, down = (q for _, q in sorted(read.items(), key=lambda kv: "down" in kv[0]))
+                up, down = (read[leaf] for leaf in sorted(read, key=_order))
+                up = _in_turns(up, module.experts) if swap.alternating else up
                 up, down = (_experts(q, module.experts) for q in (up, down))
                 module.load(up, down, model.dtype, fast=fast)
             else:
@@ -119,13 +124,21 @@ def _find_homes(model: Any, files: Quantized) -> list[_Swap]:
         )
     keys = [f"{name}.weight" for name in files.modules]
     homes, lost = compat.sources(model, keys)
+    made = {
+        target: [key for row in zip(*source.groups, strict=True) for key in row]
+        for target, source in homes.items()
+    }
+    stacked = stacks.regroup(lost)
+    for target, source in compat.sources(model, stacked)[0].items():
+        made[target] = stacked[source.keys[0]]
+        lost = [key for key in lost if key not in made[target]]
     swaps: dict[str, _Swap] = {}
-    for target, source in homes.items():
+    for target, order in made.items():
         name, _, leaf = target.rpartition(".")
-        swap = swaps.setdefault(name, _Swap(name, {}))
-        order = [key for row in zip(*source.groups, strict=True) for key in row]
+        module = model.get_submodule(name)
+        swap = swaps.setdefault(name, _Swap(name, {}, not getattr(module, "is_concatenated", True)))
         names = [key.removesuffix(".weight") for key in order]
-        swap.weights[leaf] = (names, _matrix_shape(model.get_submodule(name), leaf))
+        swap.weights[leaf] = (names, _matrix_shape(module, leaf))
     head = {name for name in lost if "head" in name.rpartition(".")[0].rpartition(".")[2]}
     if rest := sorted(set(lost) - head):
         raise InputError(
@@ -138,7 +151,12 @@ def _find_homes(model: Any, files: Quantized) -> list[_Swap]:
 def _matrix_shape(module: nn.Module, leaf: str) -> tuple[int, int]:
     """``[N, K]`` of a weight, stacked experts below each other."""
     *rows, k = getattr(module, leaf).shape
-    return (k, *rows) if compat.is_conv1d(module) else (math.prod(rows), k)
+    if compat.is_conv1d(module):
+        return (k, *rows)
+    deep = [tuple(p.shape) for p in module.parameters(recurse=False) if p.ndim == 3]
+    if len(deep) == 2 and stacks.is_transposed(*deep):
+        rows, k = [rows[0], k], rows[1]
+    return math.prod(rows), k
 
 
 def _replace(model: Any, swap: _Swap, dtype: torch.dtype) -> None:
@@ -151,12 +169,20 @@ def _replace(model: Any, swap: _Swap, dtype: torch.dtype) -> None:
         elif compat.is_conv1d(old):
             new = QLinear(old.nf, old.weight.shape[0], True, dtype)
         elif len(swap.weights) == 2:
-            new = QExperts(old.num_experts, _gate(old))
+            kind = QExperts if len(inspect.signature(old.forward).parameters) > 1 else _Sorted
+            names = [f"{leaf}_bias" for leaf in sorted(swap.weights, key=_order)]
+            biases = {name: b for name in names if (b := getattr(old, name, None)) is not None}
+            new = kind(old.num_experts, _gate(old), biases)
         else:
             raise InputError(f"{swap.name} ({type(old).__name__}) cannot be run quantized yet")
     path, _, leaf = swap.name.rpartition(".")
     new._is_hf_initialized = True  # type: ignore[assignment]
     setattr(model.get_submodule(path), leaf, new.eval())
+
+
+def _order(leaf: str) -> bool:
+    """What experts are given first, then what they put out."""
+    return "down" in leaf
 
 
 def _gate(old: Any) -> Any:
@@ -166,8 +192,34 @@ def _gate(old: Any) -> Any:
     nn.Module.__init__(blank)
     for name, value in settings.items():
         setattr(blank, name, value)
-    blank.act_fn = old.act_fn
+    blank.act_fn = getattr(old, "act_fn", None)
+    if not hasattr(blank, "_apply_gate"):  # Llama 4
+        return partial(_gated, old.act_fn)
     return blank._apply_gate if getattr(old, "has_gate", True) else blank.act_fn
+
+
+def _gated(act: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return up * act(gate)
+
+
+class _Sorted(QExperts):
+    """Experts that are given as many rows each, those of other experts' tokens zero (Llama 4)."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        used = x.any(dim=-1)
+        counts = used.view(self.experts, -1).sum(1)
+        return torch.zeros_like(x).masked_scatter_(used[:, None], self.sorted(x[used], counts))
+
+
+def _in_turns(q: QTensor, experts: int) -> QTensor:
+    """Rows of gate and up of every expert in turns, where they lay one after the other."""
+    n = q.shape[0] // experts // 2
+    parts = {
+        name: t.view(experts, 2, n, *t.shape[1:]).transpose(1, 2).flatten(0, 2).contiguous()
+        for name, t in q.parts.items()
+    }
+    return replace(q, parts=parts)
 
 
 def _experts(q: QTensor, experts: int) -> QTensor:

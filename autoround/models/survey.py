@@ -46,16 +46,24 @@ class WeightView:
     experts: int
     parts: tuple[Part, ...]
     param_shape: tuple[int, ...]
-    transposed: bool = False  # the parameter is [K, N] (Conv1D)
+    transposed: bool = False  # the parameter is [K, N] (Conv1D), or each of its experts is
     tied: tuple[str, ...] = ()  # other parameters that are the same tensor
+    alternating: bool = False  # an expert's gate and up take turns in the parameter's rows
 
     def matrix(self, p: Tensor) -> Tensor:
-        """Parameter in its own shape -> [N, K], a view of it."""
-        return p.t() if self.transposed else p.reshape(self.shape)
+        """Parameter in its own shape -> [N, K], a view of it where strides allow."""
+        m = p.transpose(-1, -2) if self.transposed else p
+        if self.alternating:
+            m = m.reshape(*m.shape[:-2], -1, 2, m.shape[-1]).transpose(-2, -3)
+        return m.reshape(self.shape)
 
     def restore(self, m: Tensor) -> Tensor:
-        """[N, K] -> the parameter's own shape, differentiable, a view of it."""
-        return m.t() if self.transposed else m.reshape(self.param_shape)
+        """[N, K] -> the parameter's own shape, differentiable."""
+        lead, (n, k) = self.param_shape[:-2], self.shape
+        m = m.reshape(*lead, n // self.experts, k)
+        if self.alternating:
+            m = m.reshape(*lead, 2, -1, k).transpose(-2, -3).flatten(-3, -2)
+        return m.transpose(-1, -2) if self.transposed else m
 
 
 @dataclass(frozen=True, slots=True)

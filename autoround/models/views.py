@@ -134,7 +134,7 @@ def _view(streamed: StreamedModel, name: str, module: nn.Module) -> WeightView |
         return "not in the checkpoint"
     shape = tuple(streamed.model.get_parameter(name).shape)
     if len(shape) == 3 and not home.recipe.startswith("experts"):
-        return "experts are fused in the checkpoint too: not supported yet"
+        return _stacked(streamed, name, home, shape)
     flip = compat.is_conv1d(module)
     experts = shape[0] if len(shape) == 3 else 1
     n, k = (shape[1], shape[0]) if flip else (shape[-2] * experts, shape[-1])
@@ -145,6 +145,24 @@ def _view(streamed: StreamedModel, name: str, module: nn.Module) -> WeightView |
         )
     tied = tuple(sorted(other for other, owner in streamed.ties.items() if owner == name))
     return WeightView(name, (n, k), experts, parts, shape, flip, tied)
+
+
+def _stacked(
+    streamed: StreamedModel, name: str, home: compat.Source, shape: tuple[int, ...]
+) -> WeightView | str:
+    """Experts that are one tensor in the checkpoint too, in rows or columns."""
+    key = home.keys[0]
+    stack = streamed.checkpoint.stacks.get(key)
+    if stack is None or len(home.keys) > 1:
+        return f"{key} has {len(shape)} dimensions, and no experts are known to be stored so"
+    rows = stack.layer[0]
+    parts = tuple(
+        Part(layer.removesuffix(".weight"), layer, (at * rows, (at + 1) * rows), False)
+        for at, layer in enumerate(stack.layers)
+    )
+    # Converted on the way, or as it is stored; `verify` proves it.
+    transposed = stack.transposed == (shape == stack.shape)
+    return WeightView(name, stack.size, shape[0], parts, shape, transposed, (), stack.alternating)
 
 
 def _parts(

@@ -219,6 +219,7 @@ def _layer(layer: Layer, block: str) -> dict[str, Any]:
         "experts": view.experts,
         "param_shape": [*view.param_shape],
         "transposed": view.transposed,
+        "alternating": view.alternating,
     }
 
 

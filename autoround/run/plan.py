@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import hal
+from autoround.checkpoint import Checkpoint
 from autoround.errors import InputError
 from autoround.formats import (
     CANONICAL,
@@ -283,15 +284,25 @@ def _contents(
         for part in layer.view.parts
     }
     checkpoint = survey.checkpoint
-    tensors = {
-        key: Stored(key, entry.dtype, tuple(entry.shape), entry.nbytes)
-        for key, entry in checkpoint.entries.items()
-    }
+    tensors = {key: _stored(checkpoint, key) for key in checkpoint.unstacked(found)}
     modules = {key: found[key] for key in tensors if key in found}
     if len(modules) != len(found):
         raise AssertionError(f"no tensors of the source: {sorted({*found} - {*modules})[:3]}")
     ordered = dict(sorted(schemes.items()))
-    return Contents(checkpoint.path, checkpoint.config, tensors, modules, ordered, base, prefix)
+    split = tuple(key for key in checkpoint.stacks if key not in tensors)
+    return Contents(
+        checkpoint.path, checkpoint.config, tensors, modules, ordered, base, prefix, split
+    )
+
+
+def _stored(checkpoint: Checkpoint, key: str) -> Stored:
+    """A tensor of the source, or one expert's layer of a stack."""
+    slab = checkpoint.slabs.get(key)
+    if slab is None:
+        entry = checkpoint.entries[key]
+        return Stored(key, entry.dtype, tuple(entry.shape), entry.nbytes)
+    entry, stack = checkpoint.entries[slab.stack], checkpoint.stacks[slab.stack]
+    return Stored(key, entry.dtype, stack.layer, entry.nbytes // len(stack.layers))
 
 
 def _fates(survey: Survey, contents: Contents, kept: dict[str, str]) -> dict[str, str]:
@@ -301,7 +312,9 @@ def _fates(survey: Survey, contents: Contents, kept: dict[str, str]) -> dict[str
         if module := contents.modules.get(key):
             fates[key] = f"quantized {module.spec}"
             continue
-        reason = kept.get(key.removesuffix(".weight"))
+        stack = survey.checkpoint.stacks.get(key)
+        own = next(iter(stack.layers)) if stack else key  # all of a stack stays for one reason
+        reason = kept.get(own.removesuffix(".weight"), kept.get(key.removesuffix(".weight")))
         unused = "no home in the model" if key in survey.unused else None
         fates[key] = f"copied: {reason or unused}" if reason or unused else "copied"
     return fates

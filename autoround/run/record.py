@@ -74,7 +74,7 @@ class Run:
     def finish(self, artefact: Artefact) -> None:
         """Balance the ledger of the finished weights; then, and only then, describe them."""
         source = Checkpoint(artefact.contents.home)
-        artefact.balance(source.entries, self.plan.fates)
+        artefact.balance(source.unstacked(self.plan.fates), self.plan.fates)
         artefact.describe(self.record(artefact.ledger.fates))
 
     def record(self, fates: Mapping[str, str]) -> dict[str, Any]:

@@ -69,6 +69,7 @@ def _samples(calls: list[tuple[Any, Any]]) -> Samples:
 def _layer_task(module: torch.nn.Module, row: dict[str, Any]) -> LayerTask:
     n, k = row["shape"]
     shape = tuple(row["param_shape"])
-    view = WeightView(row["name"], (n, k), row["experts"], (), shape, row["transposed"])
+    kind = row["transposed"], (), row.get("alternating", False)
+    view = WeightView(row["name"], (n, k), row["experts"], (), shape, *kind)
     w = view.matrix(module.get_parameter(row["name"]).detach()).contiguous()
     return LayerTask(hal.Spec.parse(row["spec"]), w, view.restore)

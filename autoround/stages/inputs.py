@@ -146,7 +146,8 @@ def expert_moments(
     batches: Sequence[Sequence[int]],
     experts: range,
 ) -> ExpertMoments | None:
-    """Moments of some experts of a fused weight, seen in the grouped products that it goes into.
+    """Moments of some experts of a fused weight, seen in the grouped products that it goes into
+    (or the batched ones of models that give every expert every token).
 
     None where the model multiplies in another way: then there is no telling.
     """
@@ -164,7 +165,7 @@ def expert_moments(
         if len(products.seen) != len(fused):
             return None
         x, ends = products.seen[fused.index(leaf)]
-        if x.shape[1] != k:
+        if x.shape[1] != k or len(ends) != owner.get_parameter(leaf).shape[0]:
             return None
         bounds = [0, *ends.tolist()]
         together += _product(x[: bounds[-1]], x[: bounds[-1]])
@@ -178,7 +179,8 @@ def expert_moments(
 
 
 class _GroupedProducts(TorchFunctionMode):
-    """Inputs, sorted by expert, and their ends, of every grouped product inside a module."""
+    """Inputs, sorted by expert, and their ends, of every grouped or batched product inside a
+    module."""
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
@@ -208,10 +210,19 @@ class _GroupedProducts(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        named = kwargs or {}
-        if self._inside and "grouped_mm" in str(getattr(function, "__name__", function)):
+        named, name = kwargs or {}, str(getattr(function, "__name__", function))
+        if self._inside and "grouped_mm" in name:
             self.seen.append((args[0], named["offs"] if "offs" in named else args[2]))
+        elif self._inside and name == "bmm":
+            self.seen.append(_sorted_rows(args[0]))
         return function(*args, **named)
+
+
+def _sorted_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x [E, T, K]`` as a grouped product has it: rows that are not zero, and each expert's end.
+    Where every expert is given every token (Llama 4), those of others are zero."""
+    used = x.any(dim=-1)
+    return x[used], used.sum(1).cumsum(0)
 
 
 def _input(

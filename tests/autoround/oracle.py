@@ -141,6 +141,48 @@ def assert_nearest(d: Decoded, w: np.ndarray, bits: int, sym: bool) -> None:
     assert ((codes >= 0) & (codes <= top)).all()
 
 
+#: End of a fused tensor of all experts -> names of the linear layers in one of them.
+FUSED = {
+    "input_linear.weight": ("w1", "w3"), "output_linear.weight": ("w2",),
+    "gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",),
+}  # fmt: skip
+
+
+def fused(key: str, decoded: dict[str, Decoded], old: torch.Tensor) -> torch.Tensor:
+    """All experts of a layer as the one tensor that the float model has: Granite in rows, Llama 4
+    in columns, gpt-oss in columns of gate and up in turns."""
+    leaf = next(leaf for leaf in FUSED if key.endswith(leaf))
+    where = key.removesuffix(leaf).removesuffix("experts.")
+    experts = []
+    for expert in range(len(old)):
+        parts = [decoded[f"{where}experts.{expert}.{name}"].weight for name in FUSED[leaf]]
+        taking_turns = len(parts) == 2 and ".mlp." in key
+        rows = np.stack(parts, 1).reshape(-1, old.shape[1]) if taking_turns else np.vstack(parts)
+        experts.append(rows if leaf.endswith(".weight") else rows.T)
+    made = torch.from_numpy(np.stack(experts)).to(old.dtype).contiguous()
+    assert made.shape == old.shape, key
+    return made
+
+
+def one_by_one(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a float model with every expert's linear layers apart: the inverse of `fused`."""
+    found = {}
+    for key, tensor in tensors.items():
+        leaf = next((leaf for leaf in FUSED if key.endswith(leaf)), "")
+        if not leaf or tensor.ndim != 3:
+            found[key] = tensor
+            continue
+        names, where = FUSED[leaf], key.removesuffix(leaf).removesuffix("experts.")
+        for expert, own in enumerate(tensor):
+            rows = own if leaf.endswith(".weight") else own.t()
+            n = len(rows) // len(names)
+            for at, name in enumerate(names):
+                turn = len(names) == 2 and ".mlp." in key
+                part = rows[at::2] if turn else rows[at * n : (at + 1) * n]
+                found[f"{where}experts.{expert}.{name}.weight"] = part
+    return found
+
+
 def float_twin(source: Path, quantized: Path, target: Path, transposed: bool = False) -> Path:
     """A float checkpoint holding what the quantized one says, for transformers alone to load."""
     target.mkdir()
@@ -151,6 +193,8 @@ def float_twin(source: Path, quantized: Path, target: Path, transposed: bool = F
             w = torch.from_numpy(decoded[module].weight)
             tensors[key] = (w.t() if transposed else w).to(old.dtype).contiguous()
             assert tensors[key].shape == old.shape, key
+        elif key not in stored:
+            tensors[key] = fused(key, decoded, old)
         else:
             tensors[key] = stored[key]
     save_file(tensors, target / "model.safetensors", {"format": "pt"})

@@ -301,7 +301,9 @@ def experts(output: Path, name: str = "mixtral", **changes: Any) -> tuple[pipeli
     return run, told
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "name", ["mixtral", "qwen3_moe", "deepseek_v3", "granitemoe", "gpt_oss", "llama4"]
+)
 def test_fused_experts_are_rounded_in_closed_form(name: str, tmp_path: Path) -> None:
     run, told = experts(tmp_path, name)
     assert not told

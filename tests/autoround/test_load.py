@@ -30,7 +30,7 @@ from hal import QExperts, QLinear
 
 ROOT = Path(__file__).parents[2]
 PGDOC = ROOT / "benchmarks/models/pgdoc"
-MOE = {"mixtral", "qwen3_moe", "deepseek_v3"}
+MOE = {"mixtral", "qwen3_moe", "deepseek_v3", "granitemoe", "gpt_oss", "llama4"}
 
 Made = Callable[..., tuple[Path, Path]]
 

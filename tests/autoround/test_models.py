@@ -16,6 +16,7 @@ import transformers
 import zoo
 from safetensors.torch import load_file, save_file
 
+from autoround import stacks
 from autoround.checkpoint import Checkpoint, companions
 from autoround.errors import InputError
 from autoround.models import (
@@ -150,7 +151,8 @@ def test_views_are_the_checkpoint_bit_for_bit(name: str, saved: Callable[..., Pa
                 verify(view, streamed)
                 p = streamed.model.get_parameter(view.param)
                 assert view.matrix(p).shape == view.shape
-                assert view.matrix(p).data_ptr() == p.data_ptr()
+                copied = view.transposed and view.experts > 1  # columns become rows
+                assert (view.matrix(p).data_ptr() == p.data_ptr()) is not copied
                 assert torch.equal(view.restore(view.matrix(p)), p)
                 seen += [part.key for part in view.parts]
             wide = {
@@ -178,6 +180,39 @@ def test_expert_parts_carry_the_checkpoint_names(saved: Callable[..., Path]) -> 
     assert part.module == "model.layers.0.block_sparse_moe.experts.1.w3"
     assert (part.rows, part.transposed) == ((288, 384), False)
     assert "model.layers.0.mlp.gate.weight" in skipped(streamed, "model.layers.0")
+
+
+@pytest.mark.parametrize(
+    ("name", "leaf"),
+    [
+        ("granitemoe", "block_sparse_moe.experts.1.w3"),
+        ("gpt_oss", "mlp.experts.1.up_proj"),
+        ("llama4", "feed_forward.experts.1.up_proj"),
+    ],
+)
+def test_experts_stored_as_one_tensor(name: str, leaf: str, saved: Callable[..., Path]) -> None:
+    """Each is a linear layer under a name of its own, its numbers where that family keeps them."""
+    checkpoint = Checkpoint(saved(name))
+    key = f"model.layers.0.{leaf}.weight"
+    stored = checkpoint.get(checkpoint.slabs[key].stack)[1]
+    wanted = {
+        "granitemoe": stored[96:], "gpt_oss": stored[:, 1::2].t(), "llama4": stored[:, 96:].t()
+    }[name]  # fmt: skip
+    assert torch.equal(checkpoint.get(key), wanted)
+    assert torch.equal(checkpoint.get(key, slice(2, 5)), wanted[2:5])
+    views = views_of(StreamedModel(checkpoint), "model.layers.0")
+    parts = [part for view in views if view.experts > 1 for part in view.parts]
+    assert len(parts) == 4 * 3
+    assert key in [part.key for part in parts]
+
+
+def test_shapes_of_a_pair_say_which_way_it_lies() -> None:
+    assert stacks.is_transposed((4, 192, 64), (4, 64, 96)) is False
+    assert stacks.is_transposed((4, 64, 192), (4, 96, 64)) is True
+    assert stacks.is_transposed((4, 64, 64), (4, 64, 32)) is False  # square: the other one tells
+    assert stacks.is_transposed((4, 64, 64), (4, 32, 64)) is True
+    for neither in ((4, 64, 96), (3, 96, 64), (64, 96), (4, 96, 65)):
+        assert stacks.is_transposed((4, 64, 190), neither) is None
 
 
 def test_conv1d_views_are_transposed(saved: Callable[..., Path]) -> None:

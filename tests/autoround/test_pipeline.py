@@ -111,7 +111,7 @@ PACKING = {
 def test_rounding_to_nearest(name: str, case: str, saved: Saved, tmp_path: Path) -> None:
     source, out = saved(name), tmp_path / "out"
     run = rtn(source, out, **CASES[case](name))
-    before, after = oracle.read(source), oracle.read(out)
+    before, after = oracle.one_by_one(oracle.read(source)), oracle.read(out)
     own = oracle.config(out)["quantization_config"]
     assert own["packing_format"] == PACKING[case]
     # One fate each; the output is what was planned, nothing more.
@@ -451,6 +451,24 @@ def test_experts_kept_for_two_reasons(saved: Saved, tmp_path: Path) -> None:
         ignore_layers=(r"experts\.[23]",),
     )  # fmt: skip
     assert not [m for m in oracle.decode_all(tmp_path / "out") if "experts" in m]
+
+
+def test_stacked_experts_are_split_where_they_are_quantized(saved: Saved, tmp_path: Path) -> None:
+    """Those that stay are the one tensor that they were; a dense model would want it whole."""
+    source, gone = saved("granitemoe"), "layers.0.block_sparse_moe.experts"
+    run = rtn(source, tmp_path / "out", ignore_layers=(gone,))
+    stored, before = oracle.read(tmp_path / "out"), oracle.read(source)
+    stack = "model.layers.{}.block_sparse_moe.input_linear.weight"
+    assert torch.equal(stored[stack.format(0)], before[stack.format(0)])
+    assert stack.format(1) not in stored
+    assert run.plan.fates[stack.format(0)] == "copied: asked for"
+    assert run.plan.fates["model.layers.1.block_sparse_moe.experts.3.w2.weight"].startswith("quant")
+    record = json.loads((tmp_path / "out" / "autoround.json").read_text())
+    assert record["tensors"] == run.plan.fates
+    with pytest.raises(InputError, match=r"format fake: the model has its experts as one tensor"):
+        rtn(source, tmp_path / "fake", format="fake")
+    with pytest.raises(InputError, match=r"format mlx: mlx-lm has the experts of gpt_oss"):
+        rtn(saved("gpt_oss"), tmp_path / "mlx", format="mlx")
 
 
 def test_router_cannot_be_quantized(saved: Saved, tmp_path: Path) -> None:

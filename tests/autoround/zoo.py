@@ -38,6 +38,13 @@ MLA: dict[str, Any] = {
     "n_group": 2,
     "topk_group": 1,
 }
+FEW: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+LLAMA4: dict[str, Any] = {
+    "head_dim": 16,
+    "intermediate_size_mlp": 96,
+    "interleave_moe_layer_step": 1,
+    "attention_chunk_size": 16,
+}
 OPT: dict[str, Any] = {"ffn_dim": 96, "word_embed_proj_dim": 64, "tie_word_embeddings": True}
 GPT2: dict[str, Any] = {"n_embd": 64, "n_head": 4, "n_layer": 3, "n_positions": 64}
 XGLM: dict[str, Any] = {"d_model": 64, "ffn_dim": 96, "attention_heads": 4, "num_layers": 3}
@@ -73,9 +80,13 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     # its attention refuses a mask of one row for a batch
     "xglm": ("XGLMForCausalLM", XGLM | TIED),
     "bloom": ("BloomForCausalLM", {"n_layer": 3, "n_head": 4} | TIED),
-    "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral": ("MixtralForCausalLM", FEW),
     "qwen3_moe": ("Qwen3MoeForCausalLM", EXPERTS | {"head_dim": 16, "decoder_sparse_step": 1}),
     "zamba2": ("Zamba2ForCausalLM", ZAMBA2 | TIED),  # one transformer shared by two blocks
+    # stored as one tensor for all experts: in rows, in columns, in columns that take turns
+    "granitemoe": ("GraniteMoeForCausalLM", FEW),
+    "gpt_oss": ("GptOssForCausalLM", FEW | {"head_dim": 16, "sliding_window": 8}),
+    "llama4": ("Llama4ForCausalLM", FEW | LLAMA4),
     "deepseek_v3": ("DeepseekV3ForCausalLM", EXPERTS | MLA),
 }
 
