@@ -59,6 +59,9 @@ def quantize(
 def dequantize(
     isa: int, threads: int, shape: Shape, codes: int, scale: int, zero: int, out: int, /
 ) -> None: ...
+def quantize_act(
+    isa: int, threads: int, shape: Shape, x: int, codes: int, scale: int, given: bool, /
+) -> None: ...
 def repack(
     isa: int, pack: bool, shape: Shape, layout: int, codes: int, words: int, threads: int, /
 ) -> None: ...

@@ -22,8 +22,8 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
 
 ROWS = {row.name: row for row in cuda.KERNELS}
-#: Flags (cmake/cuda.cmake) and kernels of every file: verbs; two dtypes, seven widths, and three sizes
-#: by four groups or decode.
+#: Flags (cmake/cuda.cmake) and kernels of every file. Products: two dtypes, seven widths, and three
+#: sizes by four groups or decode.
 SOURCES = {"groups.cu": (["-fmad=false"], 6), "qgemm.cu": ([], 2 * 7 * 13)}
 CASES = [
     # (spec, n, k): every width, groups of 16 to 256 and whole rows, tails in both directions
