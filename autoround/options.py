@@ -92,35 +92,53 @@ def split_names(text: str | None) -> tuple[str, ...] | None:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def device_by_name(device_map: str | int | Mapping[str, str | int] | None) -> torch.device:
-    """The device the user named, None = the first.
+DeviceMap = str | int | Mapping[str, str | int] | None
 
-    A list (``0,1``) or a map of layers to devices (``{"layers.0": 0}``, ``layers.0:0,layers.1:1``)
-    may name one device only: a block is tuned on one. Raises InputError naming what exists here.
+
+def device_by_name(device_map: DeviceMap) -> torch.device:
+    """The device that tunes: the first that is named, None = the machine's first.
+
+    One is enough: a block is tuned at a time, so the largest block has to fit it, not the model.
+    Raises InputError naming what exists here.
     """
-    named = _devices_named(device_map)
-    if len(named) > 1:
-        raise InputError(
-            f"device_map names {', '.join(named)}: one device tunes, block by block, so that the "
-            "largest block has to fit it, not the model; name one"
-        )
-    device_map = named[0] if named else None
+    return devices_by_name(device_map)[0]
+
+
+def devices_by_name(device_map: DeviceMap) -> list[torch.device]:
+    """The different devices of any known form of ``device_map``, in the order named.
+
+    ``auto``, ``cuda:0``, ``0``, a list (``0,1``), or a map of layers to devices
+    (``{"model.layers.0": 0}``, ``model.layers.0:0,model.layers.1:1``).
+    """
+    named = list(layers_by_device(device_map).values()) if _maps(device_map) else _list(device_map)
+    return list(dict.fromkeys(_device(name) for name in named or [None]))
+
+
+def layers_by_device(device_map: DeviceMap) -> dict[str, str | int]:
+    """Layer -> device of a ``device_map`` that has them, else nothing."""
+    if isinstance(device_map, Mapping):
+        return dict(device_map)
+    found = [_LAYER.fullmatch(piece) for piece in _list(device_map)]
+    return {m[1]: m[2] for m in found if m}
+
+
+# `layer:device`, unlike `cuda:0`, has a dot or nothing that names a device before the colon
+_LAYER = re.compile(r"([\w*]*\.[^:]*):(.+)")
+
+
+def _maps(device_map: DeviceMap) -> bool:
+    return isinstance(device_map, Mapping) or bool(layers_by_device(device_map))
+
+
+def _list(device_map: DeviceMap) -> list[str]:
+    return [] if device_map is None else [p.strip() for p in str(device_map).split(",")]
+
+
+def _device(name: str | int | None) -> torch.device:
     try:
-        return devices.resolve(device_map)
+        return devices.resolve(name)
     except ValueError as error:
         raise InputError(str(error)) from None
-
-
-def _devices_named(device_map: str | int | Mapping[str, str | int] | None) -> list[str]:
-    """The different devices of any known form of ``device_map``."""
-    if device_map is None:
-        return []
-    if isinstance(device_map, Mapping):
-        return list(dict.fromkeys(str(device) for device in device_map.values()))
-    pieces = [piece.strip() for piece in str(device_map).split(",")]
-    # `layer:device`, unlike `cuda:0`, has a dot or nothing that names a device before the colon
-    layers = [re.fullmatch(r"([\w*]*\.[^:]*):(.+)", piece) for piece in pieces]
-    return list(dict.fromkeys(m[2] if m else p for p, m in zip(pieces, layers, strict=True)))
 
 
 def default_output(model: str, scheme: Scheme) -> Path:

@@ -3,7 +3,7 @@
 
 #: Option -> what holds in every run, whether it is given or not.
 SETTLED = {
-    "low_gpu_mem_usage": "a device holds the weights of one block at a time",
+    "low_gpu_mem_usage": "a device holds one block and the batch at work, no more",
     "enable_deterministic_algorithms": "the same command writes the same bytes",
     "enable_torch_compile": "rounding and products are native kernels",
     "disable_torch_compile": "nothing is compiled",

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Devices as facts. With `hal.backends`, the only place that knows devices by name."""
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +62,57 @@ def resolve(device_map: str | int | None) -> torch.device:
             return d.torch
     names = ", ".join(str(d.torch) for d in known)
     raise ValueError(f"device {text!r} is not on this machine; choose auto or one of: {names}")
+
+
+def spread(sizes: Sequence[int], devices: Sequence[torch.device]) -> list[torch.device]:
+    """A device for each of some pieces that follow each other: neighbours together, every device
+    filled in proportion to its memory."""
+    rooms = [caps(device).memory for device in devices]
+    ends = [sum(rooms[: i + 1]) / sum(rooms) for i in range(len(rooms))]
+    found, done, whole = [], 0.0, sum(sizes) or 1
+    for size in sizes:
+        middle = (done + size / 2) / whole
+        found.append(next(i for i, end in enumerate(ends) if middle <= end or end == ends[-1]))
+        done += size
+    return [devices[i] for i in found]
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Lets torch, and what asks it, work on one of several devices of a kind."""
+    guard: AbstractContextManager[Any] = torch.accelerator.device_index(device.index)
+    return guard
+
+
+def moved(t: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; the caller does not wait for it to arrive there."""
+    return t if t.device == device else t.to(device, non_blocking=True)
+
+
+def gathered(rows: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Tensors that differ in their first dimension only, one after another on a device.
+
+    Rows of `pinned` memory go there on their own: the caller does not wait for them.
+    """
+    if rows[0].device == device:
+        return torch.cat(list(rows))
+    whole = torch.empty(
+        (sum(len(row) for row in rows), *rows[0].shape[1:]), dtype=rows[0].dtype, device=device
+    )
+    pieces: Sequence[Tensor] = torch.split(whole, [len(row) for row in rows])
+    for place, row in zip(pieces, rows, strict=True):
+        place.copy_(row, non_blocking=True)
+    return whole
+
+
+def pinned(memory: Tensor, device: torch.device) -> Callable[[], None]:
+    """Let a device read host memory by itself, where it can; returns what undoes that."""
+    if device.type != "cuda" or not memory.nbytes:
+        return lambda: None
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    at = memory.data_ptr()
+    if int(runtime.cudaHostRegister(at, memory.nbytes, 0)):
+        return lambda: None  # more than the system lets one lock: copies go through a buffer
+    return lambda: runtime.cudaHostUnregister(at)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

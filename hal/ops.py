@@ -6,6 +6,7 @@ live on one device. Mistakes of the caller raise ValueError; cases no kernel ser
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def search(w: Tensor, spec: Spec, *, importance: Tensor | None = None, grid: int
     amin, amax, lo, hi = (
         torch.empty(shape, dtype=torch.float32, device=w.device) for _ in range(4)
     )
-    _kernel("search", spec, w).fn(w, spec, importance, grid, amin, amax)
+    _run(_kernel("search", spec, w), w.device, w, spec, importance, grid, amin, amax)
     return Params(None, lo.fill_(1), hi.fill_(1), amin, amax)
 
 
@@ -45,7 +46,7 @@ def qdq(w: Tensor, p: Params, spec: Spec, *, out: Tensor | None = None) -> Tenso
     _check_matrix(w, "w")
     _check_params(p, w, spec)
     out = torch.empty_like(w) if out is None else _check_like(out, w, "out")
-    _kernel("qdq", spec, w).fn(w, p, spec, out)
+    _run(_kernel("qdq", spec, w), w.device, w, p, spec, out)
     return out
 
 
@@ -61,7 +62,7 @@ def qdq_step_(
     _check_matrix(grad, "grad")
     if grad.shape != w.shape or grad.device != w.device:
         raise ValueError(f"grad must match w {_describe(w)}, not {_describe(grad)}")
-    _kernel("qdq_step", spec, w).fn(p, w, grad, spec, lr_v, lr_range)
+    _run(_kernel("qdq_step", spec, w), w.device, p, w, grad, spec, lr_v, lr_range)
 
 
 def quantize(w: Tensor, p: Params, spec: Spec) -> QTensor:
@@ -76,7 +77,7 @@ def quantize(w: Tensor, p: Params, spec: Spec) -> QTensor:
     }
     if not spec.symmetric:
         parts["zero"] = torch.empty(groups, dtype=torch.uint8, device=w.device)
-    _kernel("quantize", spec, w).fn(w, p, spec, parts)
+    _run(_kernel("quantize", spec, w), w.device, w, p, spec, parts)
     return QTensor(spec, (n, k), "plain", parts)
 
 
@@ -84,7 +85,7 @@ def dequantize(q: QTensor, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """``[N, K]`` weight of any layout: scale * (level - zero) in f32, then rounded to ``dtype``."""
     q = pack(q, "plain")
     out = devices.empty(q.shape, dtype, q.device)
-    _kernel("dequantize", q.spec, out).fn(q.parts, q.spec, out)
+    _run(_kernel("dequantize", q.spec, out), out.device, q.parts, q.spec, out)
     return out if q.perm is None else out[:, q.perm.argsort()]
 
 
@@ -116,7 +117,7 @@ def describe(spec: Spec, shape: tuple[int, int], layout: str) -> dict[str, Part]
 
 def _repack(op: str, q: QTensor, layout: str) -> dict[str, Tensor]:
     case = Case(op, q.spec, torch.uint8, *q.shape, devices.caps(q.device), layout=layout)
-    parts: dict[str, Tensor] = select(case).fn(q.parts, q.spec, q.shape, layout)
+    parts: dict[str, Tensor] = _run(select(case), q.device, q.parts, q.spec, q.shape, layout)
     return parts
 
 
@@ -124,7 +125,9 @@ def quantize_act(x: Tensor, act: Act, *, scale: Tensor | None = None) -> tuple[T
     """``x [M, K]`` Float -> codes s8 [M, K], scale f32 [M, G] (computed unless given)."""
     _check_matrix(x, "x")
     spec = Spec(act.elem, act.group, "f32")
-    codes_scale: tuple[Tensor, Tensor] = _kernel("quantize_act", spec, x).fn(x, act.group, scale)
+    codes_scale: tuple[Tensor, Tensor] = _run(
+        _kernel("quantize_act", spec, x), x.device, x, act.group, scale
+    )
     return codes_scale
 
 
@@ -238,7 +241,7 @@ def qgemm(x: Tensor, w: Weight, bias: Tensor | None = None) -> Tensor:
     m = flat.shape[0]
     out = flat.new_empty(m, n)
     if m and n:
-        w.kernel(m).fn(flat.contiguous(), w, bias, out)
+        _run(w.kernel(m), x.device, flat.contiguous(), w, bias, out)
     return out if x.ndim == 2 else out.view(*x.shape[:-1], n)
 
 
@@ -263,8 +266,16 @@ def qgemm_grouped(x: Tensor, w: Weight, offsets: Tensor) -> Tensor:
     if out.numel():
         if w.perm is not None:
             x = x.index_select(1, w.perm)
-        w.kernel(x.shape[0]).fn(x.contiguous(), w, offsets, out)
+        _run(w.kernel(x.shape[0]), x.device, x.contiguous(), w, offsets, out)
     return out
+
+
+def _run(row: Kernel, device: torch.device, *args: Any) -> Any:
+    """Calls a kernel with the device of its tensors as torch's current one: it launches there."""
+    if device.index is None or device.index == torch.accelerator.current_device_index():
+        return row.fn(*args)
+    with devices.current(device):
+        return row.fn(*args)
 
 
 def _kernel(op: str, spec: Spec, w: Tensor) -> Kernel:

@@ -8,7 +8,7 @@ namespace hal_cuda {
 
 // Blocks of an SM: enough loads in flight, and registers that do not spill.
 template <class T, int BITS, int TILES, int GROUP>
-__global__ void __launch_bounds__(WARPS* LANES, TILES <= 2 ? 3 : 1) product_kernel(Product p) {
+__global__ void __launch_bounds__(WARPS* LANES, TILES == 4 ? 1 : 4 - TILES) product_kernel(Product p) {
   __shared__ float sums[WARPS][ROWS * 8 * TILES];
   product<T, BITS, TILES, GROUP>(p, sums);
 }

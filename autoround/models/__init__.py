@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from autoround.models.compat import tokenizer_of
     from autoround.models.drive import PausedForwards
     from autoround.models.loader import StreamedModel
-    from autoround.models.samples import Call, Samples, split
+    from autoround.models.samples import Call, Samples, moved, split
     from autoround.models.store import Pool, Store, trim
     from autoround.models.survey import Part, Survey, WeightView
     from autoround.models.views import head_view, skipped, survey_of, verify, views_of
@@ -31,6 +31,7 @@ _HOMES = {
     "find_blocks": "blocks",
     "head_view": "views",
     "skipped": "views",
+    "moved": "samples",
     "split": "samples",
     "survey_of": "views",
     "tokenizer_of": "compat",
@@ -51,6 +52,7 @@ __all__ = [
     "WeightView",
     "find_blocks",
     "head_view",
+    "moved",
     "skipped",
     "split",
     "survey_of",

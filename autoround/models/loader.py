@@ -27,6 +27,8 @@ class StreamedModel:
     sources  in-memory tensor name -> the checkpoint keys it is made of
     unused   checkpoint keys without a home in the model (MTP layers, old buffers)
     ties     tied parameter -> the parameter that is read from the checkpoint in its stead
+    device   where blocks are computed; what lies around them, and what passes between them, stays
+             at ``home``, in the host's memory
     """
 
     def __init__(
@@ -46,7 +48,8 @@ class StreamedModel:
                 f"{checkpoint.path} is in {self.dtype}; save it in bfloat16 or float32 first, "
                 "e.g. model.to(torch.bfloat16).save_pretrained(...)"
             )
-        self.device = device or torch.empty(0).device
+        self.home = torch.empty(0).device
+        self.device = device or self.home
         try:
             self.model: Any = compat.skeleton(config, self.dtype, trust_remote_code)
         except InputError as error:
@@ -64,13 +67,16 @@ class StreamedModel:
         self.ties = self._resolve_ties()
         self._check()
         for name, buffer in self.model.named_buffers():
-            self._slot(name)._buffers[_leaf(name)] = buffer.to(self.device)
+            self._slot(name)._buffers[_leaf(name)] = buffer.to(self._place(name))
 
     def recipe(self, name: str) -> compat.Source | None:
         """How a tensor is made; None where the checkpoint does not hold it (tied, or computed)."""
         return self._homes.get(name)
 
-    def load(self, prefixes: Iterable[str]) -> None:
+    def _place(self, name: str) -> torch.device:
+        return self.device if self.blocks.owns(name) else self.home
+
+    def load(self, prefixes: Iterable[str], device: torch.device) -> None:
         """Read every parameter and persistent buffer at or under the given names ("" = all).
 
         Parameters tied to one elsewhere alias it; one elsewhere that was not here stays on meta."""
@@ -80,7 +86,7 @@ class StreamedModel:
         read = [o for n, o in owners.items() if n == o or self._tensor(o).is_meta]
         keys = dict.fromkeys(key for name in read for key in self.sources.get(name, ()))
         with self.checkpoint.open(keys) as tensors:
-            compat.materialise(self.model, tensors, self.dtype, self.device)
+            compat.materialise(self.model, tensors, self.dtype, device)
         for name, owner in owners.items():
             if name != owner:
                 self._slot(name)._parameters[_leaf(name)] = self._tensor(owner)
@@ -98,14 +104,14 @@ class StreamedModel:
 
     def load_outside_blocks(self) -> None:
         """Materialise embeddings, final norm, head and other towers; they stay."""
-        self.load([name for name in self._targets if not self.blocks.owns(name)])
+        self.load([name for name in self._targets if not self.blocks.owns(name)], self.home)
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """Block `index` with its parameters, freed on leaving."""
         module = self.blocks.modules[index]
         try:
-            self.load([self.blocks.names[index]])
+            self.load([self.blocks.names[index]], self.device)
             yield module
         finally:
             self.drop(module)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hal import device as devices
+
 # A dict may be state that blocks write into for later blocks (gemma3n shared_kv_states); a merged
 # copy would lose the writes. These are the dicts known to be read only.
 READ_ONLY_DICTS = frozenset({"position_embeddings"})
@@ -41,7 +43,10 @@ class Call:
 class Samples:
     """One block's calls for many samples; tensors equal to the first sample's are stored once."""
 
-    def __init__(self, calls: Mapping[int, Call]) -> None:
+    def __init__(self, calls: Mapping[int, Call], device: torch.device | None = None) -> None:
+        """``device``: where the block is computed. Hidden states stay where they are until they are
+        gathered, all else goes there at once. None = where the calls are."""
+        self._device, moved = device, dict[int, Tensor]()
         self._calls: dict[int, Call] = {}
         self._keys: dict[int, Any] = {}
         first: dict[str, Any] | None = None
@@ -51,6 +56,14 @@ class Samples:
             args = (*call.args[:1], *(shared[str(i)] for i in range(1, len(call.args))))
             kwargs = {name: shared.get(name, value) for name, value in call.kwargs.items()}
             self._calls[index] = Call(args, kwargs)
+            if device is not None:
+                own = self._calls[index]
+                args = (*args[:1], *(_moved(value, device, moved) for value in args[1:]))
+                kwargs = {
+                    name: value if value is own.hidden else _moved(value, device, moved)
+                    for name, value in kwargs.items()
+                }
+                self._calls[index] = Call(args, kwargs)
             self._keys[index] = _signature(self._calls[index], index)
 
     @property
@@ -88,19 +101,40 @@ class Samples:
         shared where all are equal and broadcast, else concatenated. Raises ValueError for samples
         of different groups."""
         calls = [self._calls[index] for index in indices]
+        device = calls[0].hidden.device if self._device is None else self._device
         if len(calls) == 1:
-            return calls[0]
+            return calls[0].with_hidden(devices.moved(calls[0].hidden, device))
         if len({self._keys[index] for index in indices}) != 1:
             raise ValueError(
                 f"samples {list(indices)} cannot be batched; group them with batches()"
             )
         rests = [call.rest() for call in calls]
         merged = {name: _merge([rest[name] for rest in rests]) for name in rests[0]}
-        hidden = torch.cat([call.hidden for call in calls])
+        hidden = devices.gathered([call.hidden for call in calls], device)
         if calls[0].args:
             args = (hidden, *(merged.pop(str(i)) for i in range(1, len(calls[0].args))))
             return Call(args, merged)
         return Call((), {"hidden_states": hidden, **merged})
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Every tensor of a block's output on a device."""
+    return _moved(value, device, {})
+
+
+def _moved(value: Any, device: torch.device, seen: dict[int, Tensor]) -> Any:
+    """`value` on a device; one tensor stays one. ``seen`` keeps all that it names alive."""
+    if isinstance(value, Tensor):
+        if id(value) not in seen:
+            seen[id(value)] = devices.moved(value, device)
+        return seen[id(value)]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_moved(item, device, seen) for item in value))
+    if type(value) in (tuple, list):
+        return type(value)(_moved(item, device, seen) for item in value)
+    if isinstance(value, dict):  # in place: a block may write into it for the next
+        value.update({key: _moved(item, device, seen) for key, item in value.items()})
+    return value
 
 
 def split(output: Any, n: int) -> list[Any]:

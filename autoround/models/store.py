@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 import tempfile
+import weakref
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from autoround.errors import InputError
+from hal.device import pinned
 
 #: Hidden states of all samples that exist at one time: both chains' inputs, the float block's
 #: outputs, and what models keep of the embeddings.
@@ -31,7 +33,8 @@ class Store:
     memory, so that it can be told whether anyone still holds one.
     """
 
-    def __init__(self, n: int, like: Tensor, folder: Path | None) -> None:
+    def __init__(self, n: int, like: Tensor, folder: Path | None, device: torch.device) -> None:
+        """``device``: what shall read the rows."""
         self.shape, self.dtype = like.shape, like.dtype
         self._stride = -(-like.numel() * like.element_size() // ALIGN) * ALIGN
         self._rows: dict[int, StorageWeakRef] = {}
@@ -42,6 +45,9 @@ class Store:
                 _claim(file.fileno(), n * self._stride)
                 self._memory = mmap.mmap(file.fileno(), n * self._stride)
         self.in_file = folder is not None
+        if not self.in_file:
+            whole = torch.frombuffer(self._memory, dtype=torch.uint8)
+            weakref.finalize(self, pinned(whole, device))
 
     def fits(self, value: Tensor) -> bool:
         """Whether a row can hold it."""
@@ -75,9 +81,10 @@ class Store:
 class Pool:
     """Stores that are used again as soon as nobody holds a row of them."""
 
-    def __init__(self, folder: Path, spill: bool) -> None:
-        """``spill``: into files in ``folder`` in any case, not only where memory would not do."""
-        self._folder, self._spill = folder, spill
+    def __init__(self, folder: Path, spill: bool, device: torch.device) -> None:
+        """``spill``: into files in ``folder`` in any case, not only where memory would not do.
+        ``device``: what shall read the tensors."""
+        self._folder, self._spill, self._device = folder, spill, device
         self._stores: list[Store] = []
         self._passes = 0
 
@@ -88,7 +95,7 @@ class Pool:
                 return store
         size = COPIES * n * like.numel() * like.element_size()
         spill = self._spill or size > available_bytes() // 2
-        self._stores.append(Store(n, like, self._folder if spill else None))
+        self._stores.append(Store(n, like, self._folder if spill else None, self._device))
         return self._stores[-1]
 
     def rest(self) -> None:

@@ -23,6 +23,7 @@ from autoround.models import (
     Samples,
     Store,
     StreamedModel,
+    moved,
     split,
     trim,
     verify,
@@ -73,7 +74,7 @@ class Engine:
         tokens = run.tokens.ids.shape[1] if run.tokens else 1
         self.at_once = samples_at_once(recipe, tokens, streamed.device)
         self.stages = stages_of(recipe, self.at_once, lambda t, loss: run.tell(Step(t, loss)))
-        self.pool = Pool(run.output, spill)
+        self.pool = Pool(run.output, spill, streamed.device)
         self.last = len(streamed.blocks.modules) - 1
 
     def run(self, tokens: TokenSet | None) -> None:
@@ -105,7 +106,7 @@ class Engine:
         if state is not None and state["received"] == {}:
             return
         self.streamed.load_outside_blocks()
-        rows = [row[None].to(self.streamed.device) for row in tokens.ids]
+        rows = [row[None].to(self.streamed.home) for row in tokens.ids]
         inputs = [
             {"input_ids": row} for row in rows * (2 if self.recipe.enable_quanted_input else 1)
         ]
@@ -250,8 +251,9 @@ class Engine:
         inputs are needed no more, and the rounded block's outputs take their place. ``written``:
         the block was tuned by an earlier process, its weights are in the files.
         """
-        floats = Samples({i: call for i, call in calls.items() if i < n})
-        quants = Samples({i - n: call for i, call in calls.items() if i >= n})
+        device = self.streamed.device
+        floats = Samples({i: call for i, call in calls.items() if i < n}, device)
+        quants = Samples({i - n: call for i, call in calls.items() if i >= n}, device)
         calls.clear()
         task.x, task.floats = quants if quants.indices else floats, floats
         outputs = self._forward_all(task, floats, {}, self._finite)
@@ -301,6 +303,7 @@ class Engine:
             for batch in samples.batches(samples.indices, self.at_once):
                 out = task.forward(samples.gather(batch), weights)
                 check(task, hidden(out))
+                out = moved(out, self.streamed.home)
                 for i, piece in zip(batch, split(out, len(batch)), strict=True):
                     store = store or self.pool.take(len(samples.indices), hidden(piece))
                     row = store.put(samples.indices.index(i), hidden(piece))
@@ -331,7 +334,7 @@ class Engine:
     def _head(self, layer: Layer) -> None:
         """The output projection: rounded to nearest, for want of a block to tune it in."""
         name = layer.view.param.rpartition(".")[0]
-        self.streamed.load([name])
+        self.streamed.load([name], self.streamed.device)
         task = _layer_task(layer, self.streamed)
         task.params = hal.search(task.w, layer.spec)
         self._write(layer, task)

@@ -71,8 +71,8 @@ def gain(
 
     def push(_: object, __: object, out: Tensor) -> Tensor:
         size = NUDGE * out.float().pow(2).mean().sqrt()
-        generator = torch.Generator(out.device).manual_seed(0)
-        noise = torch.randn(out.shape, generator=generator, device=out.device) * size
+        generator = torch.Generator().manual_seed(0)  # the CPU's: the same numbers on every device
+        noise = torch.randn(out.shape, generator=generator).to(out.device) * size
         nudges.append(noise.to(out.dtype))
         return out + nudges[-1]
 
@@ -114,8 +114,7 @@ def moments(
         if x is None:
             continue
         if gain is not None:
-            target = torch.cat([task.y[i] for i in batch])
-            lack = (target.float() - hidden(out).float()).flatten(0, -2) / gain
+            lack = (task.target(batch).float() - hidden(out).float()).flatten(0, -2) / gain
         else:
             f, _ = _input(task, name, task.floats.gather(batch), {}, whole=False)
             # A router may send other tokens here on the float chain; then there is no telling.
@@ -154,9 +153,9 @@ def expert_moments(
     assert task.x is not None
     owner, leaf = task.owner(name), name.rpartition(".")[2]
     fused = [key for key, p in owner._parameters.items() if p is not None and p.ndim == 3]
-    k = task.layers[name].w.shape[1]
-    h = torch.zeros(len(experts), k, k)
-    together, tokens = torch.zeros(k, k), torch.zeros(len(experts), dtype=torch.long)
+    (_, k), device = task.layers[name].w.shape, task.layers[name].w.device
+    h, together = (torch.zeros(*of, k, k, device=device) for of in ((len(experts),), ()))
+    tokens = torch.zeros(len(experts), dtype=torch.long, device=device)
     routed = 0
     for batch in batches:
         call = task.x.gather(batch)

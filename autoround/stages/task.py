@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import hal
+from hal.device import gathered
 
 
 class Call(Protocol):
@@ -109,6 +110,11 @@ class BlockTask:
         with self.amp():
             return functional_call(self.module, own, call.args, call.kwargs)
 
+    def target(self, indices: Sequence[int]) -> Tensor:
+        """The float block's hidden outputs of some samples, where the block is computed."""
+        assert self.y is not None
+        return gathered([self.y[i] for i in indices], next(iter(self.layers.values())).w.device)
+
     def loss(
         self, indices: Sequence[int], weights: Mapping[str, Tensor], trim: float = 0.0
     ) -> Tensor:
@@ -117,9 +123,8 @@ class BlockTask:
         ``trim``: the share of elements, those of largest error, that count as no error at all.
         """
         assert self.x is not None
-        assert self.y is not None
         out = hidden(self.forward(self.x.gather(indices), weights))
-        target = torch.cat([self.y[i] for i in indices])
+        target = self.target(indices)
         if not trim:
             return F.mse_loss(out.float(), target.float())
         error = (out.float() - target.float()).flatten()

@@ -254,7 +254,7 @@ def test_head_view(saved: Callable[..., Path]) -> None:
         (128, 64),
         "lm_head",
     )
-    streamed.load(["lm_head"])
+    streamed.load(["lm_head"], streamed.home)
     verify(view, streamed)
     assert head_view(StreamedModel(Checkpoint(saved("qwen3_tied")))) is None
 
@@ -348,7 +348,7 @@ def test_remote_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_loading_is_silent(saved: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> None:
     streamed = StreamedModel(Checkpoint(saved("qwen3")))
-    streamed.load([""])
+    streamed.load([""], streamed.home)
     assert "Loading weights" not in "".join(capfd.readouterr())
     assert not any(p.is_meta for p in streamed.model.parameters())
 

@@ -12,6 +12,8 @@ from autoround.errors import InputError
 from autoround.models import Pool, Store
 from autoround.models.store import available_bytes
 
+CPU = torch.device("cpu")
+
 
 def rows(n: int = 3) -> list[torch.Tensor]:
     return [torch.full((1, 5, 7), float(i), dtype=torch.bfloat16) for i in range(n)]
@@ -20,7 +22,7 @@ def rows(n: int = 3) -> list[torch.Tensor]:
 @pytest.mark.parametrize("in_file", [False, True])
 def test_rows_keep_their_values(in_file: bool, tmp_path: Path) -> None:
     given = rows()
-    store = Store(3, given[0], tmp_path if in_file else None)
+    store = Store(3, given[0], tmp_path if in_file else None, CPU)
     held = [store.put(i, row) for i, row in enumerate(given)]
     if in_file:
         store.rest()  # its pages come back when they are read
@@ -31,7 +33,7 @@ def test_rows_keep_their_values(in_file: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("spill", [False, True])
 def test_a_store_is_used_again_only_when_no_row_is_held(spill: bool, tmp_path: Path) -> None:
-    pool, given = Pool(tmp_path, spill), rows()
+    pool, given = Pool(tmp_path, spill, CPU), rows()
     first = pool.take(3, given[0])
     assert first.in_file is spill
     held = [first.put(i, row).view(5, 7) for i, row in enumerate(given)]  # a view holds its row
@@ -45,7 +47,7 @@ def test_a_store_is_used_again_only_when_no_row_is_held(spill: bool, tmp_path: P
 
 def test_other_shapes_lie_elsewhere(tmp_path: Path) -> None:
     given = rows()
-    store = Store(3, given[0], None)
+    store = Store(3, given[0], None, CPU)
     wide = torch.ones(1, 9, 7, dtype=torch.bfloat16)
     put = store.put(0, wide)
     assert torch.equal(put, wide)
@@ -61,7 +63,7 @@ def test_a_full_disk_is_told_before_anything_is_written(
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(InputError, match="no room for 0 MB of hidden states beside the output"):
-        Pool(tmp_path, spill=True).take(3, rows()[0])
+        Pool(tmp_path, spill=True, device=CPU).take(3, rows()[0])
     assert not list(tmp_path.iterdir())
 
 
@@ -71,6 +73,6 @@ def test_more_than_half_of_memory_goes_to_a_file(
     assert 2**20 < available_bytes() < 2**50
     row = rows()[0]
     monkeypatch.setattr("autoround.models.store.available_bytes", lambda: 2 * 4 * 3 * 70)
-    assert not Pool(tmp_path, spill=False).take(3, row).in_file
+    assert not Pool(tmp_path, spill=False, device=CPU).take(3, row).in_file
     monkeypatch.setattr("autoround.models.store.available_bytes", lambda: 2 * 4 * 3 * 70 - 2)
-    assert Pool(tmp_path, spill=False).take(3, row).in_file
+    assert Pool(tmp_path, spill=False, device=CPU).take(3, row).in_file
