@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -q
 NATIVE := CMakeLists.txt $(wildcard cmake/*) $(wildcard csrc/*)
 
-.PHONY: install demo test test-slow lint types check interop peers sizes lock clean
+.PHONY: install demo test test-slow lint types check interop peers sycl sizes lock clean
 
 install: $(VENV)/.installed
 
@@ -50,6 +50,11 @@ interop: install
 # llama.cpp and auto-round-lib, for `python -m benchmarks ops|decode`: compiles for minutes.
 peers: install
 	$(PY) -c 'from benchmarks._peer import environment; environment("kernels")'
+
+# Kernels for Intel GPUs, run on this processor: Intel's runtime (1.4 GB), hal._sycl, its parity test.
+sycl: install
+	$(PIP) install -c constraints.txt --no-build-isolation -C cmake.define.HAL_SYCL=ON -e '.[sycl]'
+	SYCL_CACHE_PERSISTENT=1 $(PY) -m pytest -q tests/hal/test_xpu.py
 
 sizes:
 	@$(PYTHON) tools/sizes.py

@@ -11,6 +11,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hal.spec import Spec
 
@@ -232,3 +233,20 @@ LAYOUTS: dict[str, Layout] = {
         Layout("awq", _fits_awq, _pack_awq, _unpack_awq, 0, _awq_parts),
     )
 }
+
+
+# ---- what native layouts of several backends share
+
+
+def _pad_words(parts: Parts, spec: Spec) -> Parts:
+    padded = F.pad(parts["codes"], (0, -parts["codes"].shape[1] % 32))
+    kept = {name: t.contiguous() for name, t in parts.items()}
+    return {**kept, "codes": pack_stream(padded, spec.bits)}
+
+
+def _cut_words(parts: Parts, spec: Spec, shape: tuple[int, int]) -> Parts:
+    return {**parts, "codes": unpack_stream(parts["codes"], spec.bits)[:, : shape[1]].contiguous()}
+
+
+#: ``stream`` for any number of columns, and rows that may be joined: codes i32, scale, zero.
+WORDS = Layout("words", lambda spec, n, k: None, _pad_words, _cut_words, 1)

@@ -68,7 +68,8 @@ class Kernel:
     """One row of a backend's table; position is priority.
 
     ``name`` is ``<backend>.<op>[_<variant>]``. ``when`` answers None (it can) or why it cannot.
-    ``layout`` is the native layout a qgemm reads.
+    ``layout`` is the native layout a qgemm reads. ``label``: how it is shown to work (`LABELS`),
+    where that is not what its backend says of all.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Kernel:
     fn: Callable[..., Any]
     when: Callable[[Case], str | None] = lambda case: None
     layout: str = "plain"
+    label: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

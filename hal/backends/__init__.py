@@ -14,11 +14,10 @@ REFERENCE = "reference"
 
 @cache
 def backends() -> tuple[Backend, ...]:
-    """All backends, the reference last."""
-    names = sorted(
-        (m.name for m in pkgutil.iter_modules(__path__)), key=lambda n: (n == REFERENCE, n)
-    )
-    return tuple(cast(Backend, importlib.import_module(f"{__name__}.{name}")) for name in names)
+    """All backends: those for one kind of device before those for several, the reference last."""
+    names = [m.name for m in pkgutil.iter_modules(__path__)]
+    found = [cast(Backend, importlib.import_module(f"{__name__}.{name}")) for name in names]
+    return tuple(sorted(found, key=lambda b: (not b.KINDS, len(b.KINDS), b.NAME)))
 
 
 def backend_names() -> list[str]:

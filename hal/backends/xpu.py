@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Intel GPUs: SYCL kernels (kernels_sycl/), and oneDNN's product of 4-bit weights, from torch.
+
+With ``ONEAPI_DEVICE_SELECTOR=opencl:cpu``, oneAPI's own switch, the same kernels run on the host
+for tests, through Intel's OpenCL for processors.
+"""
+
+import importlib
+import importlib.metadata
+import os
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hal import groupwise
+from hal import layout as file_layouts
+from hal.backends import reference
+from hal.groupwise import DTYPES, address
+from hal.layout import WORDS, Parts
+from hal.plan import Weight
+from hal.registry import EMULATED, WRITTEN, Case, Kernel
+from hal.spec import Spec
+
+NAME = "xpu"
+HOST = os.environ.get("ONEAPI_DEVICE_SELECTOR") == "opencl:cpu"
+KINDS = dict.fromkeys((NAME, *(("cpu",) if HOST else ())), EMULATED)
+FEW = 32  # rows; from more on the weight is decoded for torch's dense product
+
+
+@cache
+def _import() -> ModuleType | str:
+    if not HOST and not torch.xpu.is_available():
+        return "no Intel GPU that torch can use"
+    if HOST:
+        _find_opencl()
+    try:
+        return importlib.import_module("hal._sycl")
+    except ImportError as error:
+        return f"hal._sycl not built (cmake -DHAL_SYCL=ON): {error}"
+
+
+def _find_opencl() -> None:
+    """Tell OpenCL's loader where pip has put Intel's driver for processors."""
+    try:
+        files = importlib.metadata.files("intel-opencl-rt") or []
+    except importlib.metadata.PackageNotFoundError:
+        return
+    for file in files:
+        if file.name == "libintelocl.so":
+            os.environ.setdefault("OCL_ICD_FILENAMES", os.path.realpath(str(file.locate())))
+
+
+def probe() -> str | None:
+    module = _import()
+    return module if isinstance(module, str) else None
+
+
+def _module() -> Any:
+    module = _import()
+    assert not isinstance(module, str)
+    return module
+
+
+#: What torch tells of the device, and torch's own operations between products.
+caps, block_ops, probes = reference.caps, reference.block_ops, reference.probes
+
+
+def _queue(device: torch.device) -> int:
+    """torch's own queue of the device; 0 for the host's."""
+    return 0 if device.type == "cpu" else int(torch.xpu.current_stream(device).sycl_queue)
+
+
+@cache
+def _units(device: torch.device) -> int:
+    return caps(device).units
+
+
+def _where(device: torch.device) -> tuple[int, int]:
+    """How the group-wise verbs are to run: queue, and the device's processors."""
+    return _queue(device), _units(device)
+
+
+def _pack(parts: Parts, spec: Spec, shape: tuple[int, int], layout: str) -> Parts:
+    """Codes by the kernel; scales and zero points, a hundredth of the bytes, as the reference."""
+    codes, row = parts["codes"].contiguous(), file_layouts.LAYOUTS[layout]
+    packed = row.pack({**parts, "codes": codes[:32, :32]}, spec)
+    dtype, words = row.stored(spec, *shape)["qweight"]
+    packed["qweight"] = torch.empty(words, dtype=dtype, device=codes.device)
+    _repack(True, spec, shape, layout, codes, packed["qweight"])
+    return packed
+
+
+def _unpack(parts: Parts, spec: Spec, shape: tuple[int, int], layout: str) -> Parts:
+    words = parts["qweight"].contiguous()
+    few = {**parts, "qweight": words[: spec.bits, : 8 * spec.bits]}
+    plain = file_layouts.LAYOUTS[layout].unpack(few, spec, shape)
+    plain["codes"] = torch.empty(shape, dtype=torch.uint8, device=words.device)
+    _repack(False, spec, shape, layout, plain["codes"], words)
+    return plain
+
+
+def _repack(
+    pack: bool, spec: Spec, shape: tuple[int, int], layout: str, codes: Tensor, words: Tensor
+) -> None:
+    (n, k), awq = shape, layout == "awq"
+    strides = {"stream": (1, k * spec.bits // 32), "awq": (n // 8, 1)}.get(layout, (n, 1))
+    of = groupwise.shape(_module(), spec, n, k, torch.float32)
+    at = (address(codes), address(words), *strides)  # along a row of the weight, across
+    _module().repack(_queue(codes.device), pack, awq, of, *at)
+
+
+def _file_layout(case: Case) -> str | None:
+    known = ("gptq", "gptq_raw", "stream", "awq")
+    return None if case.layout in known else f"no packing of layout {case.layout} here"
+
+
+# ---- products: the weight as rows of words (hal.layout.WORDS)
+
+
+def _bound(weight: Weight) -> Any:
+    if weight.handle is None:
+        of = groupwise.shape(_module(), weight.spec, *weight.shape, weight.dtype)
+        weight.handle = _module().Words(of, *groupwise.plain(weight.parts))
+    return weight.handle
+
+
+def _qgemm(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor) -> None:
+    bias = None if bias is None else bias.contiguous()
+    given = (address(bias), 0 if bias is None else DTYPES[bias.dtype])
+    _bound(weight).product(_queue(x.device), address(x), x.shape[0], *given, address(out))
+
+
+def _qgemm_dense(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor) -> None:
+    """The weight rounded to the dtype of x and multiplied by torch."""
+    dense = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
+    _bound(weight).decode(_queue(x.device), address(dense))
+    if bias is None:
+        torch.mm(x, dense.t(), out=out)
+    else:
+        torch.addmm(bias.to(x.dtype), x, dense.t(), out=out)
+
+
+def _qgemm_grouped(x: Tensor, weight: Weight, offsets: Tensor, out: Tensor) -> None:
+    offsets = offsets.contiguous()
+    at = (address(x), x.shape[0], address(offsets), weight.experts, address(out))
+    _bound(weight).grouped(_queue(x.device), *at)
+
+
+def _qgemm_int4(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor) -> None:
+    """oneDNN's own, on the same words. It wants scales in the dtype of x and zero levels in s8,
+    both transposed: made at every call, a thirtieth of the weight's bytes."""
+    spec, parts = weight.spec, weight.parts
+    scale = parts["scale"].t().to(x.dtype).contiguous()
+    zero = parts["zero"].t().to(torch.int8).contiguous() if "zero" in parts else None
+    if zero is None:
+        zero = torch.full_like(scale, spec.half, dtype=torch.int8)
+    group = spec.width(x.shape[1])
+    product = torch.ops.aten._weight_int4pack_mm_with_scales_and_zeros
+    found = product(x, parts["codes"], group, scale, zero)
+    out.copy_(found if bias is None else found + bias)
+
+
+def _many_rows(case: Case) -> str | None:
+    if case.dtype == torch.float32:
+        return "f32: rounding to it gains nothing"
+    return None if case.m > FEW else f"m <= {FEW}: xpu.qgemm is faster, and exact"
+
+
+def _int4(case: Case) -> str | None:
+    width = case.spec.width(case.k)
+    if case.caps.kind != NAME:
+        return "torch has this product for Intel GPUs only"
+    if case.spec.bits != 4:
+        return f"oneDNN's product holds 4 bits, not {case.spec.bits}"
+    if width % 32 or case.k % width:
+        return f"{case.k} columns in groups of {width}: wants whole groups of a multiple of 32"
+    return _many_rows(case)
+
+
+LAYOUTS = (WORDS,)
+
+KERNELS = (
+    *groupwise.rows(NAME, _module, _where),
+    Kernel("xpu.pack", "pack", _pack, _file_layout),
+    Kernel("xpu.unpack", "unpack", _unpack, _file_layout),
+    Kernel("xpu.qgemm_int4", "qgemm", _qgemm_int4, _int4, "words", WRITTEN),
+    Kernel("xpu.qgemm_dense", "qgemm", _qgemm_dense, _many_rows, "words"),
+    Kernel("xpu.qgemm", "qgemm", _qgemm, layout="words"),
+    Kernel("xpu.qgemm_grouped", "qgemm_grouped", _qgemm_grouped, layout="words"),
+)

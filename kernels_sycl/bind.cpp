@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: Apache-2.0
+// hal._sycl: kernels for Intel GPUs. Their source is in the module (cmake/sycl.cmake) and compiled for
+// the device, by the SYCL runtime itself, when one of them is first asked for.
+#include <sycl/sycl.hpp>
+
+#include <map>
+#include <mutex>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "bind_groups.h"
+#include "products.h"
+
+namespace ex = sycl::ext::oneapi::experimental;
+
+namespace {
+
+struct Source {
+  const char *name, *text;
+};
+const Source SOURCES[] = {
+#include "sources.inc"
+};
+
+std::string text_of(const std::string& name) {
+  for (const Source& s : SOURCES) {
+    if (name == s.name) return s.text;
+  }
+  throw std::runtime_error("no kernel source " + name);
+}
+
+using Bundle = sycl::kernel_bundle<sycl::bundle_state::executable>;
+
+// What a bundle of kernels is compiled for: products are for a number of bits and a dtype of x, the
+// rest for any (bits = 0).
+struct Kind {
+  int bits, dtype;
+};
+
+Bundle compiled(const sycl::context& context, Kind kind) {
+  ex::include_files headers;
+  for (const Source& s : SOURCES) headers.add(s.name, s.text);
+  const std::vector<std::string> any = {"hal_search",   "hal_qdq",        "hal_qdq_step",
+                                        "hal_quantize", "hal_dequantize", "hal_quantize_act",
+                                        "hal_pack",     "hal_unpack",     "hal_pack_awq",
+                                        "hal_unpack_awq"};
+  const std::vector<std::string> products = {"hal_product", "hal_decode"};
+  std::string main = text_of(kind.bits ? "products.cpp" : "groups.cpp");
+  if (kind.bits) {
+    main = "#define HAL_BITS " + std::to_string(kind.bits) + "\n#define HAL_FLOAT " +
+           std::to_string(kind.dtype) + "\n" + main;
+  }
+  auto source = ex::create_kernel_bundle_from_source(context, ex::source_language::sycl, main,
+                                                     ex::properties{headers});
+  return ex::build(source, ex::properties{ex::registered_names{kind.bits ? products : any}});
+}
+
+sycl::kernel kernel(const sycl::context& context, Kind kind, const std::string& name) {
+  static std::mutex one_at_a_time;
+  // Never freed: at the end of a process the driver may be gone before them.
+  static auto& bundles = *new std::map<std::tuple<size_t, int, int>, Bundle>;
+  static auto& kernels = *new std::map<std::tuple<size_t, int, int, std::string>, sycl::kernel>;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  const size_t where = std::hash<sycl::context>()(context);
+  const auto known = kernels.find({where, kind.bits, kind.dtype, name});
+  if (known != kernels.end()) return known->second;
+  const std::tuple<size_t, int, int> of(where, kind.bits, kind.dtype);
+  auto bundle = bundles.find(of);
+  if (bundle == bundles.end()) bundle = bundles.emplace(of, compiled(context, kind)).first;
+  const sycl::kernel found = bundle->second.ext_oneapi_get_kernel("hal_" + name);
+  kernels.emplace(std::make_tuple(where, kind.bits, kind.dtype, name), found);
+  return found;
+}
+
+const int GROUP = 128;  // work-items: eight teams
+const int TEAM = 16;
+
+// A queue of torch's, or, for address 0, one of the host's own that is waited for.
+struct Queue {
+  sycl::queue queue;
+  bool own;
+
+  explicit Queue(Address given) : queue(given ? *at<sycl::queue>(given) : host()), own(!given) {}
+
+  static const sycl::queue& host() {
+    static const auto* one =
+        new sycl::queue{sycl::cpu_selector_v, sycl::property::queue::in_order{}};
+    return *one;
+  }
+
+  // `args`: those of the kernel. Without the GIL: the first launch of a kernel compiles it.
+  template <class... Args>
+  void launch(const char* name, Kind kind, int64_t items, const Args&... args) {
+    if (items <= 0) return;
+    const py::gil_scoped_release unlocked;
+    const sycl::kernel fn = kernel(queue.get_context(), kind, name);
+    const size_t rounded = static_cast<size_t>((items + GROUP - 1) / GROUP * GROUP);
+    queue.submit([&](sycl::handler& h) {
+      h.set_args(args...);
+      h.parallel_for(sycl::nd_range<1>(rounded, GROUP), fn);
+    });
+    if (own) queue.wait_and_throw();
+  }
+};
+
+// 16 groups share the arithmetic of their scales, one a lane; but a device wants 32 teams for each of
+// its processors first. Verbs without such arithmetic take a group a team.
+int groups_of_team(bool alone, int64_t count, int units) {
+  int per = alone ? 1 : TEAM;
+  while (per > 1 && count < static_cast<int64_t>(units) * 32 * per) per /= 2;
+  return per;
+}
+
+// A verb on a queue of a device with `units` processors.
+template <class Args>
+void run(const char* verb, Address queue, int units, const Args& a, bool alone = false) {
+  const int64_t count = a.s.n * a.s.groups;
+  const int per = groups_of_team(alone, count, units);
+  Queue(queue).launch(verb, {0, 0}, (count + per - 1) / per * TEAM, a, per);
+}
+
+void search(Address queue, int units, const HalShape& s, Address w, Address importance,
+            Address factors, int64_t n_factors, Address amin, Address amax) {
+  run("search", queue, units, search_args(s, w, importance, factors, n_factors, amin, amax), true);
+}
+
+void qdq(Address queue, int units, const HalShape& s, Address w, const HalParams& p, Address out) {
+  run("qdq", queue, units, HalQdq{s, at(w), p, at(out)});
+}
+
+void qdq_step(Address queue, int units, const HalShape& s, Address w, Address grad, int grad_dtype,
+              const HalParams& p, float lr_v, float lr_range) {
+  run("qdq_step", queue, units, HalStep{s, at(w), at(grad), grad_dtype, p, lr_v, lr_range});
+}
+
+void quantize(Address queue, int units, const HalShape& s, Address w, const HalParams& p,
+              Address codes, Address scale, Address zero) {
+  run("quantize", queue, units, quantize_args(s, w, p, codes, scale, zero));
+}
+
+void dequantize(Address queue, int units, const HalShape& s, Address codes, Address scale,
+                Address zero, Address out) {
+  run("dequantize", queue, units, dequantize_args(s, codes, scale, zero, out));
+}
+
+void quantize_act(Address queue, int units, const HalShape& s, Address x, Address codes,
+                  Address scale, bool given) {
+  const HalAct a = {s, at(x), at<int8_t>(codes), at<float>(scale), given};
+  run("quantize_act", queue, units, a, true);
+}
+
+// `awq`: its order of rows; `along` is then from a column of the weight to its next.
+void repack(Address queue, bool pack, bool awq, const HalShape& s, Address codes, Address words,
+            int64_t along, int64_t across) {
+  const HalWords a = {s, at<uint8_t>(codes), at<uint32_t>(words), along, across};
+  const char* name = awq ? (pack ? "pack_awq" : "unpack_awq") : (pack ? "pack" : "unpack");
+  Queue(queue).launch(name, {0, 0}, s.n * s.k / (awq ? 8 : 32), a);
+}
+
+// A weight as rows of words. The tensors behind the addresses belong to the hal.Weight that owns this.
+struct Words {
+  HalProduct p;
+
+  Words(const HalShape& s, Address codes, Address scale, Address zero) : p{} {
+    p.s = s;
+    p.experts = 1;
+    p.codes = at<const uint32_t>(codes);
+    p.scale = at(scale);
+    p.zero = at<const uint8_t>(zero);
+  }
+
+  void product(Address queue, Address x, int64_t m, Address bias, int bias_dtype,
+               Address out) const {
+    HalProduct a = p;
+    a.x = at(x);
+    a.m = m;
+    a.bias = at(bias);
+    a.bias_dtype = bias_dtype;
+    a.out = at(out);
+    launch(queue, a, m);
+  }
+
+  // Rows offsets[e] .. offsets[e + 1] of x [m, k] times the rows of expert e.
+  void grouped(Address queue, Address x, int64_t m, Address offsets, int experts,
+               Address out) const {
+    HalProduct a = p;
+    a.x = at(x);
+    a.m = m;
+    a.out = at(out);
+    a.offsets = at<const int32_t>(offsets);
+    a.experts = experts;
+    launch(queue, a, m / experts);
+  }
+
+  // About `rows` of x to every row of the weight.
+  static void launch(Address queue, HalProduct& a, int64_t rows) {
+    a.blocks = (rows + HAL_X_ROWS - 1) / HAL_X_ROWS;
+    a.blocks += !a.blocks;
+    Queue(queue).launch("product", {a.s.bits, a.s.dtype}, a.blocks * a.s.n * TEAM, a);
+  }
+
+  void decode(Address queue, Address out) const {
+    HalProduct a = p;
+    a.out = at(out);
+    Queue(queue).launch("decode", {a.s.bits, a.s.dtype}, a.s.n * a.s.k, a);
+  }
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_sycl, m) {
+  bind_arguments(m);
+  m.def("search", search);
+  m.def("qdq", qdq);
+  m.def("qdq_step", qdq_step);
+  m.def("quantize", quantize);
+  m.def("dequantize", dequantize);
+  m.def("quantize_act", quantize_act);
+  m.def("repack", repack);
+  py::class_<Words>(m, "Words")
+      .def(py::init<const HalShape&, Address, Address, Address>())
+      .def("product", &Words::product)
+      .def("grouped", &Words::grouped)
+      .def("decode", &Words::decode);
+}
