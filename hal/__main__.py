@@ -116,8 +116,9 @@ def matrix() -> None:
         print(f"| {cases[0][0]} | {' | '.join(cells)} |")
     print()
     for b in backends():
+        others = "".join(f"; `{row.name}`: {row.label}" for row in b.KERNELS if row.label)
         for kind, label in b.KINDS.items():
-            print(f"- `{b.NAME}` on {kind}: {label}")
+            print(f"- `{b.NAME}` on {kind}: {label}{others}")
 
 
 def _names(names: dict[str, list[str]]) -> str:
@@ -143,6 +144,7 @@ EXAMPLES: dict[str, tuple[str, frozenset[str], int, int]] = {
     "cuda": ("sm_90", frozenset(), 132, 1 << 37),
     "xpu": ("", frozenset(), 160, 1 << 34),
     "hpu": ("", frozenset(), 24, 1 << 37),
+    "mps": ("", frozenset(), 16, 1 << 35),
 }
 
 

@@ -46,7 +46,9 @@ def test_hal_depends_on_torch_only() -> None:
     allowed = {"torch", "hal", *sys.stdlib_module_names}
     for path in sources("hal"):
         found = {name.split(".")[0] for name in imports(path)}
-        extra = found - allowed - ({"triton", "kernels_triton"} if is_backend(path) else set())
+        extra = (
+            found - allowed - ({"triton", "kernels_triton", "mlx"} if is_backend(path) else set())
+        )
         assert not extra, where(path)
 
 
