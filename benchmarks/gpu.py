@@ -7,6 +7,7 @@ and of torch's dense bf16 product of the same shape. `tools/gpu_check.sh` calls 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor
 
 import hal
+from hal import config
 from hal import device as devices
+from hal.backends import REFERENCE, serving
 from hal.testing import params, weights
 
 SHAPES = ((4096, 4096), (14336, 4096), (8192, 8192))
@@ -102,24 +105,38 @@ def copy_rate(clock: Clock, nbytes: int) -> float:
 
 
 def products(clock: Clock, copy: float, options: argparse.Namespace) -> Iterator[Row]:
-    """Every spec, shape and number of rows."""
+    """Every spec, shape and number of rows; the first spec by every backend."""
     for (n, k), text in itertools.product(options.shapes, options.specs):
-        spec = hal.Spec.parse(text)
-        w = weights(n, k, 0).to(clock.device)
-        q = hal.quantize(w, hal.search(w, spec), spec)
-        one = hal.prepare(q, dtype=torch.bfloat16)
-        count = max(2, min(64, options.pool // one.nbytes))
-        pool = [one, *(hal.prepare(q, dtype=torch.bfloat16) for _ in range(count - 1))]
-        dense = [w.bfloat16().clone() for _ in range(max(2, options.pool // (2 * n * k)))]
+        backends = names(clock.device)[: None if text == options.specs[0] else 1]
+        dense = [weights(n, k, 0).bfloat16().to(clock.device)]
+        dense += [dense[0].clone() for _ in range(options.pool // (2 * n * k))]
+        theirs: dict[int, float] = {}
         for m in options.rows:
             x = weights(m, k, m).bfloat16().to(clock.device)
-            ours = clock.seconds([_product(x, each) for each in pool])
-            theirs = clock.seconds([_dense(x, each) for each in dense])
-            moved = one.nbytes + 2 * m * (n + k)
-            yield Row(
-                "qgemm", one.kernel(m).name, text, n, k, m, ours * 1e6, moved / ours / copy,
-                theirs / ours,
-            )  # fmt: skip
+            theirs[m] = clock.seconds([_dense(x, each) for each in dense])
+        for backend in backends:
+            with config.only(backend):
+                pool = _pool(hal.Spec.parse(text), dense[0], options.pool)
+            for m in options.rows:
+                x = weights(m, k, m).bfloat16().to(clock.device)
+                ours = clock.seconds([_product(x, each) for each in pool])
+                moved = pool[0].nbytes + 2 * m * (n + k)
+                yield Row(
+                    "qgemm", pool[0].kernel(m).name, text, n, k, m, ours * 1e6,
+                    moved / ours / copy, theirs[m] / ours,
+                )  # fmt: skip
+
+
+def names(device: torch.device) -> list[str]:
+    """Backends with kernels of their own for a device, best first."""
+    return [b.NAME for b in serving(device.type) if b.NAME != REFERENCE]
+
+
+def _pool(spec: hal.Spec, w: Tensor, nbytes: int) -> list[hal.Weight]:
+    q = hal.quantize(w, hal.search(w, spec), spec)
+    pool = [hal.prepare(q, dtype=torch.bfloat16)]
+    count = max(2, min(64, nbytes // pool[0].nbytes))
+    return pool + [hal.prepare(q, dtype=torch.bfloat16) for _ in range(count - 1)]
 
 
 def _product(x: Tensor, w: hal.Weight) -> Run:
@@ -131,12 +148,16 @@ def _dense(x: Tensor, w: Tensor) -> Run:
 
 
 def verbs(clock: Clock, copy: float, options: argparse.Namespace) -> Iterator[Row]:
-    """Tuning's and quantizing's verbs on the last shape; bytes that each must read and write."""
+    """Tuning's and quantizing's verbs on the last shape, by every backend that has them; bytes that
+    each must read and write."""
     n, k = options.shapes[-1]
     for text in options.specs[:2]:
         for name, (run, moved) in _verbs(hal.Spec.parse(text), n, k, clock.device).items():
-            taken = clock.seconds([run] * 3)
-            yield Row(name, "", text, n, k, 0, taken * 1e6, moved / taken / copy, None)
+            for backend in names(clock.device):
+                with config.only(backend), contextlib.suppress(hal.Unsupported):
+                    taken = clock.seconds([run] * 3)
+                    kernel, share = f"{backend}.{name}", moved / taken / copy
+                    yield Row(name, kernel, text, n, k, 0, taken * 1e6, share, None)
 
 
 def _verbs(spec: hal.Spec, n: int, k: int, device: torch.device) -> dict[str, tuple[Run, int]]:
