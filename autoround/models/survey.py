@@ -83,6 +83,11 @@ class Survey:
     unused: frozenset[str]
 
 
+def tied_to(other: str) -> str:
+    """Why an embedding that is the output projection too has no row for that."""
+    return f"{other} is this tensor too"
+
+
 def refuse_names(checkpoint: Checkpoint) -> str | None:
     """Why the names of this checkpoint do not say enough, or None."""
     config, entries = checkpoint.config, checkpoint.entries
@@ -211,6 +216,9 @@ def by_names(checkpoint: Checkpoint) -> Survey:
             kept[key.removesuffix(".weight")] = made
         else:
             blocks[index].append(made)
+    if checkpoint.config.get("tie_word_embeddings") and "lm_head.weight" not in checkpoint.entries:
+        tables = (k for k in checkpoint.entries if k.endswith(".embed_tokens.weight"))
+        kept |= {key.removesuffix(".weight"): tied_to("lm_head.weight") for key in tables}
     head = _by_name(checkpoint, "lm_head.weight") if "lm_head.weight" in checkpoint.entries else ""
     return Survey(
         checkpoint,

@@ -7,7 +7,7 @@ from torch import nn
 from autoround.errors import InputError
 from autoround.models import compat
 from autoround.models.loader import StreamedModel
-from autoround.models.survey import Part, Survey, WeightView
+from autoround.models.survey import Part, Survey, WeightView, tied_to
 from autoround.scheme import KEPT
 
 # Subclasses of nn.Linear that compute y = x W^T + b and nothing else. Routers subclass it too,
@@ -34,7 +34,13 @@ def _kept_modules(streamed: StreamedModel, shared: list[WeightView]) -> dict[str
     """Weights of the blocks that are never quantized, by checkpoint module or key -> why."""
     aliases = [name.removesuffix(".weight") for view in shared for name in view.tied]
     owners = [part.module for view in shared for part in view.parts]
-    kept = dict.fromkeys([*owners, *aliases], "shared between blocks")
+    kept = {
+        key.removesuffix(".weight"): tied_to(other)
+        for other, owner in streamed.ties.items()
+        for key in streamed.sources.get(owner, ())
+        if not streamed.blocks.owns(owner)
+    }
+    kept |= dict.fromkeys([*owners, *aliases], "shared between blocks")
     for block in streamed.blocks.names:
         for param, reason in skipped(streamed, block).items():
             for key in streamed.sources.get(param, ()):

@@ -433,6 +433,13 @@ def test_tied_head_is_refused(changes: dict[str, Any], saved: Saved, tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["qwen3_tied", "gpt2"])  # by names, through the model
+def test_tied_head_is_named(name: str, saved: Saved, tmp_path: Path) -> None:
+    run = rtn(saved(name), tmp_path / "out")
+    key = {"qwen3_tied": "model.embed_tokens.weight", "gpt2": "transformer.wte.weight"}[name]
+    assert run.plan.fates[key] == "copied: lm_head.weight is this tensor too"
+
+
 def test_experts_need_one_scheme(saved: Saved, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"experts of .* are one tensor and need one scheme"):
         rtn(saved("qwen3_moe"), tmp_path / "out", layer_config={"experts.1": {"bits": 8}})
