@@ -29,11 +29,11 @@ def outlook_tables(found: "Outlook") -> list[Table | str]:
     files.add_row("all", f"{found.nbytes:,}")
     plan, need = found.plan, found.needs
     held = ", ".join(f"{what} {size(n)}" for what, n in need.memory.items())
-    device = f"{size(need.device)} on the device, " if need.device else ""
+    device = f"; {size(need.device)} on the device" if need.device else ""
     lines = [
         f"{len(plan.layers)} weights quantized at {plan.bits_per_weight:.3f} bits",
-        f"memory: {size(need.ram)} at most ({held})",
-        f"disk: {device}{size(need.disk)} at most, {size(found.free)} free",
+        f"memory: {size(need.ram)} at most ({held}){device}",
+        f"disk: {size(need.disk)} at most, {size(found.free)} free",
     ]
     if found.pace:
         least, most = found.pace.range

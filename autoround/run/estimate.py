@@ -98,14 +98,16 @@ def needs(
     states = 0 if low_memory else held * shape.hidden
     work = _work(plan, recipe, shape)
     block = shape.stored + states + work
-    device = block if accelerated else 0
     memory = {"process": base + PROCESS}
-    if accelerated or proof > block:
+    if accelerated:  # what passes between blocks stays with the host
+        memory |= {"hidden states": states, "largest tensors": max(proof, sum(every))}
+        block = shape.stored + work
+    elif proof > block:
         memory["largest tensors, read back"] = proof
     else:
         memory |= {"block": shape.stored, "hidden states": states, "work on a block": work}
     scratch = (2 + (HELD + 1) * low_memory + 2) * shape.hidden
-    return Needs(memory, device, files, scratch)
+    return Needs(memory, block if accelerated else 0, files, scratch)
 
 
 def shape_of(plan: ModelPlan, recipe: Recipe) -> Shape:
