@@ -273,7 +273,9 @@ class Checkpoint:
         entry = self.entry(name)
         dtype = DTYPES.get(entry.dtype)
         if dtype is None:
-            raise InputError(f"{name} is stored in {entry.dtype}, which cannot be read")
+            raise InputError(
+                f"{name} in {entry.file} is stored in {entry.dtype}, which cannot be read"
+            )
         begin, end, _ = rows.indices(entry.shape[0] if entry.shape else 1)
         shape = (max(end - begin, 0), *entry.shape[1:]) if entry.shape else ()
         start = begin * (entry.nbytes // entry.shape[0] if entry.shape and entry.nbytes else 0)

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one error that means "your input, and here is what to do about it"."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 #: A message keeps this many characters at most, from both its ends.
 MOST = 800
 
@@ -16,3 +20,14 @@ class InputError(ValueError):
         line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
         half = MOST // 2
         super().__init__(line if len(line) <= MOST else f"{line[:half]} ... {line[-half:]}")
+
+
+@contextmanager
+def about(path: Path) -> Iterator[None]:
+    """What is refused inside is refused of ``path``, and says so if it does not yet."""
+    try:
+        yield
+    except InputError as error:
+        if str(path) in str(error):
+            raise
+        raise InputError(f"{path}: {error}") from error

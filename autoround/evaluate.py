@@ -28,7 +28,7 @@ from autoround.floats import (
     over,
 )
 from autoround.inference.decoder import Plain, decoder
-from autoround.inference.loading import load
+from autoround.inference.loading import load, running
 from autoround.models import tokenizer_of
 from autoround.options import device_by_name
 from hal import QExperts, QLinear, Weight
@@ -296,8 +296,8 @@ def compare(model: Any, floats: Floats, ids: Tensor, run: Run = log_probabilitie
         own = floats.part(index * count, (index + 1) * count)
         if logq.shape[1] <= int(own.ids.max()):
             raise InputError(
-                f"the model predicts {logq.shape[1]} tokens, its float self more; "
-                "--against is another model"
+                f"{model.config.name_or_path} predicts {logq.shape[1]} tokens, its float self "
+                "more; --against is another model"
             )
         likeliest = logq.argmax(-1)
         nll = -logq.gather(1, following[:, None])[:, 0]
@@ -367,12 +367,15 @@ def embedding_cosine(model: Any, reference: Any, batches: Iterator[dict[str, Ten
     cosines = []
     for batch in batches:
         mask = batch["attention_mask"][..., None].float()
-        one, two = (
-            (m(**batch).last_hidden_state.float() * mask).sum(1) / mask.sum(1)
-            for m in (model, reference)
-        )
+        one, two = (_pooled(m, batch, mask) for m in (model, reference))
         cosines.append(F.cosine_similarity(one, two, dim=-1))
     return torch.cat(cosines)
+
+
+def _pooled(model: Any, batch: dict[str, Tensor], mask: Tensor) -> Tensor:
+    with running(model):
+        states: Tensor = model(**batch).last_hidden_state
+    return (states.float() * mask).sum(1) / mask.sum(1)
 
 
 @torch.inference_mode()

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from autoround.checkpoint import Checkpoint
+from autoround.inference.loading import running
 from autoround.version import VERSION
 
 #: Likeliest tokens kept of a position, and tokens sampled of its tail.
@@ -138,7 +139,9 @@ def over(
     tokens ``[L - 1]``: the whole of a vocabulary is never held for more than one sample."""
     for begin in range(0, len(ids), BATCH):
         batch = ids[begin : begin + BATCH]
-        for row, logits in enumerate(run(model, batch)):
+        with running(model):
+            found = run(model, batch)
+        for row, logits in enumerate(found):
             take(begin + row, F.log_softmax(logits.float().cpu(), -1), batch[row, 1:])
 
 

@@ -145,7 +145,8 @@ class Export:
     def _lost(self, name: str, error: float) -> None:
         if not math.isfinite(error):
             raise InputError(
-                f"{name} leaves the range of format {self.target.format.name}; use another format"
+                f"{self.target.contents.home}: {name} leaves the range of format "
+                f"{self.target.format.name}; use another format"
             )
         if error:
             self.errors[name] = error

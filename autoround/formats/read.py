@@ -342,7 +342,9 @@ class Quantized:
         for key, entry in self.checkpoint.entries.items():
             if key not in self.owned:
                 if ".switch_mlp." in key:
-                    raise InputError(f"{key}: experts that MLX keeps in 16 bits cannot be read yet")
+                    raise InputError(
+                        f"{self.path}: {key}: experts that MLX keeps in 16 bits cannot be read yet"
+                    )
                 tensors[key] = Stored(key, entry.dtype, tuple(entry.shape), entry.nbytes)
                 continue
             for name in members.pop(key.rpartition(".")[0], ()):

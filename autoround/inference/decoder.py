@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import hal
 from autoround.errors import InputError
+from autoround.inference.loading import running
 from hal import Attention, QLinear, Weight
 from hal.block import BLOCK
 
@@ -138,15 +139,8 @@ class Plain:
     def extend(self, ids: Tensor) -> Tensor:
         """Append ``ids [M]`` i64; logits ``[V]`` after the last. InputError for a model that
         cannot run."""
-        given = {"input_ids": ids[None], "past_key_values": self._cache, "use_cache": True}
-        try:
-            out = self._model(**given)
-        except Exception as error:  # settings that contradict each other fail anywhere in there
-            name, config = type(self._model).__name__, self._model.config
-            raise InputError(
-                f"{config.name_or_path}/config.json: {name} does not run with it "
-                f"({type(error).__name__}: {error}); take it from the model again"
-            ) from error
+        with running(self._model):
+            out = self._model(input_ids=ids[None], past_key_values=self._cache, use_cache=True)
         self._cache = out.past_key_values
         logits: Tensor = out.logits[0, -1]
         return logits

@@ -30,7 +30,9 @@ class Writer:
             )
         self.model, self.compute = load(where, device_map=device_map, compute=compute), compute
         if self.model.get_output_embeddings() is None:
-            raise InputError(f"{type(self.model).__name__} is no language model; it cannot write")
+            raise InputError(
+                f"{where}: {type(self.model).__name__} is no language model; it cannot write"
+            )
         self.report, self._where = "", where
 
     def _tokens(self, text: str) -> Tensor:
@@ -60,10 +62,11 @@ class Writer:
         if not text:
             raise InputError("the prompt is empty; give some text to continue")
         ids = self._tokens(text)
-        most = self.model.config.get_text_config().max_position_embeddings
-        if len(ids) + limit > most:
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if isinstance(most, int) and len(ids) + limit > most:
             raise InputError(
-                f"{len(ids)} tokens and {limit} more exceed the model's {most}; ask for fewer"
+                f"{len(ids)} tokens and {limit} more exceed the {most} of {self._where}; ask for "
+                "fewer"
             )
         made, shown, times = list[int](), "", [time.perf_counter()]
         for token in continuation(self.model, ids, limit, temperature=temperature, seed=seed):

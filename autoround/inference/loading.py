@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 import hal
 from autoround.checkpoint import Checkpoint, resolve
-from autoround.errors import InputError
+from autoround.errors import InputError, about
 from autoround.integrations import FAST, hook
 from autoround.models import BlockList, compat, find_blocks
 from autoround.options import DeviceMap, devices_by_name, layers_by_device
@@ -55,7 +55,7 @@ def load(
         }  # fmt: skip
     kind = compat.model_class(config) or transformers.AutoModelForCausalLM
     try:
-        with _without_bar():
+        with _without_bar(), about(where):
             model: Any = kind.from_pretrained(
                 str(where),
                 dtype=dtype or "auto",
@@ -126,3 +126,21 @@ def _without_bar() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def running(model: Any) -> Iterator[None]:
+    """A model's own code on tokens: settings that contradict each other fail anywhere in there.
+
+    Raises InputError with the directory it was loaded from.
+    """
+    try:
+        yield
+    except Exception as error:
+        short = isinstance(error, MemoryError) or "allocate memory" in str(error)
+        if short or isinstance(error, InputError | torch.OutOfMemoryError):
+            raise
+        raise InputError(
+            f"{model.config.name_or_path}/config.json: {type(model).__name__} does not run with it "
+            f"({type(error).__name__}: {error}); take it from the model again"
+        ) from error

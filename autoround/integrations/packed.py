@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from autoround.errors import InputError
+from autoround.files import AGAIN
 from autoround.formats import Quantized
 from hal import QTensor, Spec
 
@@ -17,12 +18,12 @@ def read(files: Quantized, modules: Sequence[str], shape: tuple[int, int]) -> QT
     parts = [files.q(module) for module in modules]
     if {q.shape[1] for q in parts} != {shape[1]}:
         raise InputError(
-            f"{modules[0]} is packed with {parts[0].shape[1]} columns, the model wants {shape[1]}; "
-            "download it again"
+            f"{files.path}: {modules[0]} is packed with {parts[0].shape[1]} columns, config.json "
+            f"wants {shape[1]}; {AGAIN}"
         )
     if (n := sum(q.shape[0] for q in parts)) != shape[0]:
         raise InputError(
-            f"{modules[0]}: {n} packed rows for a weight of {shape[0]}; download it again"
+            f"{files.path}: {modules[0]} has {n} packed rows, config.json wants {shape[0]}; {AGAIN}"
         )
     if len(parts) == 1:
         return parts[0]
@@ -34,7 +35,8 @@ def read(files: Quantized, modules: Sequence[str], shape: tuple[int, int]) -> QT
     )
     if len({q.spec for q in parts}) > 1 or not ordered:
         raise InputError(
-            f"{modules[0]} and its siblings are packed differently; they need one scheme"
+            f"{files.path}: {modules[0]} and its siblings are packed differently; they need one "
+            "scheme"
         )
     stacked = {part: torch.cat([q.parts[part] for q in parts]) for part in parts[0].parts}
     return QTensor(parts[0].spec, shape, "plain", stacked, perm=parts[0].perm)

@@ -123,6 +123,29 @@ def model_class(config: Any) -> Any:
     return found if known and found is not transformers.PreTrainedModel else None
 
 
+#: What a router chooses, and of how many.
+CHOICES = (
+    ("top_k", "num_experts"),
+    ("top_k", "n_routed_experts"),
+    ("num_experts_per_tok", "num_experts"),
+    ("topk_group", "n_group"),
+)
+
+
+def refuse_choices(model: nn.Module) -> None:
+    """A router that chooses more than there is fails at the first token that reaches it, which may
+    be hours away. (Some models without experts still count them: only their routers are asked.)"""
+    for name, module in model.named_children():
+        for inner, part in module.named_modules(prefix=name):
+            for chosen, there in CHOICES:
+                k, n = getattr(part, chosen, None), getattr(part, there, None)
+                if isinstance(k, int) and isinstance(n, int) and n > 0 and not 1 <= k <= n:
+                    raise InputError(
+                        f"by its config.json {inner} chooses {chosen} = {k} of {there} = {n}; "
+                        "correct that, or download it again"
+                    )
+
+
 def _construct(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     native = model_class(config)
     if native is not None and not (trust_remote_code and getattr(config, "auto_map", None)):

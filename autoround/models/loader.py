@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from autoround.checkpoint import Checkpoint
-from autoround.errors import InputError
+from autoround.errors import InputError, about
 from autoround.files import AGAIN
 from autoround.models import compat
 from autoround.models.blocks import BlockList, find_blocks
@@ -51,15 +51,17 @@ class StreamedModel:
         self.home = torch.empty(0).device
         self.device = device or self.home
         try:
-            self.model: Any = compat.skeleton(config, self.dtype, trust_remote_code)
-        except InputError as error:
-            raise InputError(f"{checkpoint.path}: {error}") from error
+            with about(checkpoint.path):
+                self.model: Any = compat.skeleton(config, self.dtype, trust_remote_code)
+                self.blocks: BlockList = find_blocks(self.model, blocks)
+                compat.refuse_choices(self.model)
+        except InputError:
+            raise
         except Exception as error:  # whatever a model makes of settings that nobody meant
             raise InputError(
                 f"{checkpoint.path / 'config.json'} makes no {config.model_type} "
                 f"({type(error).__name__}: {str(error)[:200]}); {AGAIN}"
             ) from error
-        self.blocks: BlockList = find_blocks(self.model, blocks)
         self._homes, self.unused = compat.sources(self.model, checkpoint.entries)
         self.sources = {name: home.keys for name, home in self._homes.items()}
         self._targets = self.model.state_dict()
@@ -85,7 +87,7 @@ class StreamedModel:
         # A tied partner that is already here (the embedding, for a head) is not read again.
         read = [o for n, o in owners.items() if n == o or self._tensor(o).is_meta]
         keys = dict.fromkeys(key for name in read for key in self.sources.get(name, ()))
-        with self.checkpoint.open(keys) as tensors:
+        with self.checkpoint.open(keys) as tensors, about(self.checkpoint.path):
             compat.materialise(self.model, tensors, self.dtype, device)
         for name, owner in owners.items():
             if name != owner:

@@ -86,13 +86,14 @@ def verify(view: WeightView, streamed: StreamedModel) -> None:
             matrix[begin:end], stored.to(matrix.device, matrix.dtype)
         ):
             raise InputError(
-                f"{view.param} rows {begin}:{end} are not {part.key} of the checkpoint; "
+                f"{view.param} rows {begin}:{end} are no {part.key} of {streamed.checkpoint.path}; "
                 "this architecture is not supported yet: exclude the layer, and report it"
             )
         covered = end
     if covered != view.shape[0]:
         raise InputError(
-            f"{view.param} rows {covered}:{view.shape[0]} come from nowhere; exclude it, report it"
+            f"{streamed.checkpoint.path}: {view.param} rows {covered}:{view.shape[0]} come from "
+            "nowhere; exclude it, report it"
         )
 
 

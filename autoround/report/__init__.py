@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from autoround.errors import InputError
+from autoround.files import read_bytes
 from autoround.report.card import MARK, card
 from autoround.report.facts import Choices, Report, gather
 from autoround.report.page import page
@@ -48,4 +49,4 @@ def report(run: str, output: str | Path | None, choices: Choices) -> tuple[Repor
 
 
 def _foreign(path: Path) -> bool:
-    return path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace")
+    return path.exists() and MARK.encode() not in read_bytes(path, "move it away")

@@ -296,8 +296,11 @@ def _source_card(source: Path) -> dict[str, str]:
     file = source / "README.md"
     if not file.is_file():
         return {}
-    with file.open(encoding="utf-8", errors="replace") as opened:
-        lines = opened.read(1 << 16).splitlines()
+    try:
+        with file.open(encoding="utf-8", errors="replace") as opened:
+            lines = opened.read(1 << 16).splitlines()
+    except OSError:
+        return {}
     return dict(_front_matter(lines))
 
 

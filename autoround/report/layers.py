@@ -14,6 +14,7 @@ from autoround.checkpoint import Checkpoint
 from autoround.evaluate import Pair
 from autoround.formats import Quantized
 from autoround.header import BITS
+from autoround.inference.loading import running
 from hal import QTensor
 
 
@@ -52,7 +53,7 @@ def measure(files: Quantized, pair: Pair, ids: Tensor | None) -> list[Layer]:
                 hook = _Hook(name, files, outputs)
                 stack.callback(module.register_forward_hook(hook).remove)
         if ids is not None and linears:
-            with torch.inference_mode():
+            with torch.inference_mode(), running(pair.reference):
                 pair.reference(input_ids=ids.to(pair.reference.device))
         for name, (own, rtn) in outputs.items():
             found[name] = _with(found[name], own, rtn)

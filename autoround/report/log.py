@@ -41,15 +41,19 @@ def read_log(*directories: Path) -> Log:
 
 
 def _events(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open("rb") as opened:
-        opened.seek(max(0, file.stat().st_size - MOST))
-        for line in opened.read(MOST).split(b"\n"):
-            try:
-                event = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(event, dict):
-                yield event
+    try:
+        with file.open("rb") as opened:
+            opened.seek(max(0, file.stat().st_size - MOST))
+            lines = opened.read(MOST).split(b"\n")
+    except OSError:  # a log that cannot be read is none
+        return
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(event, dict):
+            yield event
 
 
 def _number(value: Any) -> float | None:

@@ -113,6 +113,8 @@ def read(path: Path, trees: Mapping[int, Any], device: torch.device) -> dict[int
 
     Raises ValueError or OSError where the file is not what was written.
     """
+    if not path.is_file():
+        raise ValueError(f"{path} is no ordinary file")
     with path.open("rb") as file:
         held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     tensors: dict[int, Tensor] = {}

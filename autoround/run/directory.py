@@ -13,7 +13,7 @@ from typing import Any
 from autoround.errors import InputError
 from autoround.files import read_json
 from autoround.formats import CANONICAL, RECORD
-from autoround.run.journal import HOME, LOCK, RUN, Journal
+from autoround.run.journal import HOME, LOCK, RUN, Journal, remove
 
 #: What a run, its exports and reports leave in a directory; --fresh removes nothing else.
 OURS = (
@@ -137,7 +137,7 @@ def _missing(output: Path) -> list[Path]:
 
 def _take_away(output: Path, made: list[Path]) -> None:
     for path in output.iterdir():
-        path.unlink() if path.is_file() else shutil.rmtree(path)
+        remove(path)
     for path in made:
         with contextlib.suppress(OSError):  # someone else has put something there since
             path.rmdir()

@@ -313,6 +313,7 @@ class Engine:
     def _finite(self, task: BlockTask, out: Tensor) -> None:
         if not torch.isfinite(out).all():
             raise InputError(
+                f"{self.streamed.checkpoint.path}: "
                 f"{self.streamed.blocks.names[task.index]} puts out NaN or infinity in "
                 f"{self.streamed.dtype} before anything is quantized; save the model in bfloat16 "
                 "first, or use --recipe rtn"
@@ -345,7 +346,8 @@ class Engine:
         q = hal.quantize(task.w, task.ready, layer.spec)
         if not torch.isfinite(q.parts["scale"]).all():
             raise InputError(
-                f"{layer.view.param}: a scale exceeds {layer.spec.scale}; "
+                f"{self.streamed.checkpoint.path}: {layer.view.param}: a scale exceeds "
+                f"{layer.spec.scale}; "
                 "leave the layer out with --ignore-layers"
             )
         for part in layer.view.parts:

@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from autoround.errors import InputError
+from autoround.files import read_bytes
 
 HOME = "journal"
 RUN = "run.json"
 LOCK = "lock"
+AGAIN = "check the disk, then start over with --fresh"
 EVERY = 10.0  # seconds between rows where a block takes less
 
 
@@ -74,7 +76,7 @@ class Journal:
             return
         run = self.directory / RUN
         if run.is_file() and not self.fresh:
-            text = run.read_bytes()
+            text = read_bytes(run, AGAIN)
             rows = list(self._read(hashlib.sha256(text).hexdigest()))
             if rows:  # with nothing committed there is nothing to lose
                 self._compare(self._parsed(run, text), signature, "a run begun")
@@ -83,7 +85,7 @@ class Journal:
                 return
         text = json.dumps(signature).encode()
         for path in self.directory.glob("[0-9]*.json"):
-            path.unlink()
+            remove(path)
         write_whole(run, text)  # before anything else goes: the directory is a run's at any instant
         self.begun, self._committed = True, time.monotonic()
         self._clear()
@@ -131,7 +133,8 @@ class Journal:
         """Rows with their seals. Raises InputError at a damaged one, or one out of order."""
         present = sorted(self.directory.glob("[0-9]*.json"))
         for count, path in enumerate(present):
-            text, _, seal = path.read_text(errors="replace").rstrip("\n").rpartition("\n")
+            held = read_bytes(path, AGAIN).decode(errors="replace")
+            text, _, seal = held.rstrip("\n").rpartition("\n")
             last = _seal(last, text)
             if path.name != _name(count) or seal != last:
                 raise self._damaged(path)
@@ -148,15 +151,19 @@ class Journal:
 
     def _damaged(self, path: Path) -> InputError:
         return InputError(
-            f"{path} is not as it was written, so {self.output} cannot be continued; check the "
-            "disk, then start over with --fresh"
+            f"{path} is not as it was written, so {self.output} cannot be continued; {AGAIN}"
         )
 
     def _clear(self) -> None:
         """Leave nothing of an earlier run."""
         for path in [*self.directory.iterdir(), *self.output.iterdir()]:
             if path != self.directory and path.name not in (LOCK, RUN):
-                path.unlink() if path.is_file() or path.is_symlink() else shutil.rmtree(path)
+                remove(path)
+
+
+def remove(path: Path) -> None:
+    """Whatever is there: a file, a link, a pipe, or a directory with all that it holds."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -7,6 +7,7 @@ keys are those of `autoround.run.events.to_json`. The log on disk begins with ``
 """
 
 import json
+import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -65,11 +66,16 @@ class Log:
         if not ready or not self._path.parent.is_dir():
             return
         try:
-            with self._path.open("a", encoding="utf-8") as file:
+            with open(self._path, "a", encoding="utf-8", opener=_at_once) as file:
                 file.writelines(self._waiting)
         except OSError:
             return
         self._waiting.clear()
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Opened without waiting for whoever reads a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
 def line(values: dict[str, Any], started: float) -> str:

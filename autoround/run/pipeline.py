@@ -77,8 +77,8 @@ def _tokens(
 ) -> TokenSet:
     if streamed.model.main_input_name != "input_ids" or streamed.model.config.is_encoder_decoder:
         raise InputError(
-            f"{type(streamed.model).__name__} does not run on text alone, so it cannot be tuned; "
-            "use --recipe rtn"
+            f"{streamed.checkpoint.path}: {type(streamed.model).__name__} does not run on text "
+            "alone, so it cannot be tuned; use --recipe rtn"
         )
     reason = ""
     if tokenizer is None:
@@ -98,7 +98,8 @@ def _tokens(
     rows = streamed.model.get_input_embeddings().weight.shape[0]
     if int(tokens.ids.max()) >= rows:
         raise InputError(
-            f"token {int(tokens.ids.max())} is outside the model's {rows} embeddings; "
+            f"token {int(tokens.ids.max())} is outside the {rows} embeddings of "
+            f"{streamed.checkpoint.path}; "
             "the tokenizer or the token ids belong to another model"
         )
     return tokens

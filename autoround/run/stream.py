@@ -139,7 +139,7 @@ def _round(layer: Layer, stored: Tensor, checkpoint: Checkpoint, artefact: Artef
     q = hal.quantize(w, hal.search(w, layer.spec), layer.spec)
     if not torch.isfinite(q.parts["scale"]).all():
         raise InputError(
-            f"{layer.view.param}: a scale exceeds {layer.spec.scale}; "
+            f"{checkpoint.path}: {layer.view.param}: a scale exceeds {layer.spec.scale}; "
             "leave the layer out with --ignore-layers"
         )
     artefact.put(artefact.contents.modules[layer.view.param], q)

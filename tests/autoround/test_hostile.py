@@ -159,6 +159,8 @@ ROWS = [
     ("tune config", "config.json", setting(architectures="x", model_type="qwen3_moe"), "config"),
     ("tune config", "config.json", setting(rope_parameters={"rope_theta": 0.0}), "NaN"),
     ("tune experts", "config.json", setting(num_experts=10**6), "num_experts = 1e+06"),
+    ("tune experts", "config.json", setting(num_experts_per_tok=5), "top_k = 5 of num_experts = 4"),
+    ("plan", "config.json", setting(num_hidden_layers=0), "given: LlamaForCausalLM has no list"),
     ("tune tokenizer", "tokenizer.json", text(DEEP), "tokenizer.json is not readable JSON"),
     ("tune tokenizer", "tokenizer_config.json", setting(model_max_length=[1]), "tokenizer"),
     ("layer config", "layers.json", text(b"\xff\xfe{}"), "layers.json is not readable JSON"),
@@ -185,12 +187,16 @@ ROWS = [
     ("verify gptq", "config.json", setting(quantization_config__dynamic={SLOW: {}}), None),
     ("verify gptq", "config.json", setting(quantization_config__dynamic={"(.)\\1": {}}), "differ"),
     ("verify ct", "config.json", setting(quantization_config__ignore=["re:" + SLOW]), None),
-    ("load gptq", "config.json", setting(quantization_config__dynamic={SLOW: {}}), None),
     ("layer config", "layers.json", setting(**{SLOW: "W8A16"}), "matches no layer"),
     ("load mlx", "config.json", setting(architectures=["AutoModel"]), None),
     ("load mlx", "config.json", setting(quantization__bits={}), "bits in quantization is {}"),
     ("load fake", "config.json", setting(vocab_size=2**40), "config.json"),
+    ("load awq", "config.json", setting(intermediate_size=3), "config.json wants 3"),
     ("report", "auto_awq/autoround.json", setting(blocks=[3]), "does not describe its blocks"),
+    ("report", "README.md", pipe, "no ordinary file"),
+    ("report", "autoround.log", link("/proc/self/mem"), None),
+    ("resume", "journal/run.json", terabyte, "more than the 0.1 GB"),
+    ("resume", "journal/00000.json", pipe, "no ordinary file"),
 ]  # fmt: skip
 
 
