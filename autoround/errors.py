@@ -31,3 +31,19 @@ def about(path: Path) -> Iterator[None]:
         if str(path) in str(error):
             raise
         raise InputError(f"{path}: {error}") from error
+
+
+@contextmanager
+def blamed(what: str, remedy: str) -> Iterator[None]:
+    """Code that others wrote, on files that say what it does: whatever it raises, panics of native
+    code (which are no Exceptions) included, is the files' fault; want of memory is not."""
+    try:
+        yield
+    except (InputError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        if any(words in str(error) for words in ("allocate memory", "out of memory")):
+            raise
+        raise InputError(
+            f"{what} ({type(error).__name__}: {str(error)[:300]}); {remedy}"
+        ) from error

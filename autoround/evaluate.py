@@ -3,7 +3,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from autoround.calib import TokenSet, load_tokens, pack
 from autoround.checkpoint import DTYPES, Checkpoint, resolve
-from autoround.errors import InputError
+from autoround.errors import InputError, blamed
 from autoround.floats import (
     Floats,
     Run,
@@ -28,7 +28,7 @@ from autoround.floats import (
     over,
 )
 from autoround.inference.decoder import Plain, decoder
-from autoround.inference.loading import load, running
+from autoround.inference.loading import ANEW, load, running
 from autoround.models import tokenizer_of
 from autoround.options import device_by_name
 from hal import QExperts, QLinear, Weight
@@ -210,7 +210,9 @@ class Pair:
         """Encoders beside each other."""
         if dataset is not None:
             raise InputError("encoders are compared on the bundled sentences; leave --dataset out")
-        batches = _tokenized(self.tokenizer, _sentences(pack.heldout()), nsamples)
+        sentences = _sentences(pack.heldout())
+        with blamed(f"{self.source}/tokenizer.json: it does not read text", ANEW):
+            batches = list(_tokenized(self.tokenizer, sentences, nsamples))
         cosine = embedding_cosine(self.quantized, self.reference, batches)
         return replace(self._facts(), cosine=float(cosine.mean()))
 
@@ -359,7 +361,7 @@ def _tokenized(tokenizer: Any, texts: list[str], count: int) -> Iterator[dict[st
 
 
 @torch.inference_mode()
-def embedding_cosine(model: Any, reference: Any, batches: Iterator[dict[str, Tensor]]) -> Tensor:
+def embedding_cosine(model: Any, reference: Any, batches: Iterable[dict[str, Tensor]]) -> Tensor:
     """Cosine between mean-pooled sentence embeddings of two encoders, one per sentence ``[S]``.
 
     ``batches``: tokenizer output with ``attention_mask``.

@@ -24,7 +24,7 @@ from autoround.calib.files import check_file, is_file_name, read_file
 from autoround.calib.packing import Packer
 from autoround.calib.rows import Renderer, Text
 from autoround.calib.spec import DatasetItem, parse_dataset
-from autoround.errors import InputError
+from autoround.errors import InputError, blamed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -255,18 +255,16 @@ def _tokenize(
         places = [index for index, text in enumerate(texts) if text.templated == templated]
         if not places:
             continue
-        try:
+        with blamed(  # half characters, or a tokenizer whose settings are broken
+            f"dataset {item.name!r}: the tokenizer refused the text",
+            "check that it is whole text, and the model's tokenizer.json and tokenizer_config.json",
+        ):
             encoded: Any = tokenizer(
                 [texts[index].text[:limit] for index in places],
                 add_special_tokens=not templated,
                 return_attention_mask=False,
                 verbose=False,  # longer than the model's context is what we expect here
             )
-        except Exception as error:  # half characters, or a tokenizer whose settings are broken
-            raise InputError(
-                f"dataset {item.name!r}: the tokenizer refused the text ({error}); check that it "
-                "is whole text, and the model's tokenizer_config.json"
-            ) from error
         close = None if templated else _eos(tokenizer)
         for index, ids in zip(places, encoded["input_ids"], strict=True):
             # A text of nothing but the tokenizer's own BOS/EOS is an empty row.

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from autoround.checkpoint import resolve
-from autoround.errors import InputError
+from autoround.errors import InputError, blamed
 from autoround.inference.decoder import continuation
-from autoround.inference.loading import load
+from autoround.inference.loading import ANEW, load
 from autoround.models import tokenizer_of
 
 
@@ -37,18 +37,13 @@ class Writer:
 
     def _tokens(self, text: str) -> Tensor:
         """``text`` in tokens that the model has. Raises InputError."""
-        try:
+        with blamed(f"{self._where}/tokenizer.json: it does not read text", ANEW):
             ids: Tensor = self.tokenizer(text, return_tensors="pt").input_ids[0]
-        except Exception as error:  # its settings may contradict each other in any way
-            raise InputError(
-                f"{self._where}/tokenizer_config.json: the tokenizer does not read text ({error}); "
-                "take it from the model again"
-            ) from error
         rows = self.model.get_input_embeddings().weight.shape[0]
         if not len(ids) or int(ids.max()) >= rows:
             raise InputError(
                 f"{self._where}/tokenizer.json makes {ids.tolist()[:8]} of the prompt, the model "
-                f"has {rows} tokens; take it from the model again"
+                f"has {rows} tokens; {ANEW}"
             )
         return ids.to(self.model.device)
 
@@ -65,14 +60,15 @@ class Writer:
         most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if isinstance(most, int) and len(ids) + limit > most:
             raise InputError(
-                f"{len(ids)} tokens and {limit} more exceed the {most} of {self._where}; ask for "
-                "fewer"
+                f"{self._where}: {len(ids)} tokens and {limit} more exceed the model's {most}; "
+                "ask for fewer"
             )
         made, shown, times = list[int](), "", [time.perf_counter()]
         for token in continuation(self.model, ids, limit, temperature=temperature, seed=seed):
             times.append(time.perf_counter())
             made.append(token)
-            known = self.tokenizer.decode(made, skip_special_tokens=True)
+            with blamed(f"{self._where}/tokenizer.json: it does not write text", ANEW):
+                known = self.tokenizer.decode(made, skip_special_tokens=True)
             if not known.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character
                 yield known[len(shown) :]
                 shown = known

@@ -15,12 +15,13 @@ from transformers.utils import logging
 
 import hal
 from autoround.checkpoint import Checkpoint, resolve
-from autoround.errors import InputError, about
+from autoround.errors import InputError, about, blamed
 from autoround.integrations import FAST, hook
 from autoround.models import BlockList, compat, find_blocks
 from autoround.options import DeviceMap, devices_by_name, layers_by_device
 from hal.device import spread
 
+ANEW = "take it from the model again"
 #: How products may be computed -> ``backend`` of transformers' AutoRoundConfig.
 COMPUTE = {"exact": "auto", "fast": FAST}
 
@@ -134,13 +135,6 @@ def running(model: Any) -> Iterator[None]:
 
     Raises InputError with the directory it was loaded from.
     """
-    try:
+    file = f"{model.config.name_or_path}/config.json"
+    with blamed(f"{file}: {type(model).__name__} does not run with it", ANEW):
         yield
-    except Exception as error:
-        short = isinstance(error, MemoryError) or "allocate memory" in str(error)
-        if short or isinstance(error, InputError | torch.OutOfMemoryError):
-            raise
-        raise InputError(
-            f"{model.config.name_or_path}/config.json: {type(model).__name__} does not run with it "
-            f"({type(error).__name__}: {error}); take it from the model again"
-        ) from error

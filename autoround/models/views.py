@@ -86,8 +86,9 @@ def verify(view: WeightView, streamed: StreamedModel) -> None:
             matrix[begin:end], stored.to(matrix.device, matrix.dtype)
         ):
             raise InputError(
-                f"{view.param} rows {begin}:{end} are no {part.key} of {streamed.checkpoint.path}; "
-                "this architecture is not supported yet: exclude the layer, and report it"
+                f"{view.param} rows {begin}:{end} are not {part.key} of "
+                f"{streamed.checkpoint.path}; this architecture is not supported yet: exclude the "
+                "layer, and report it"
             )
         covered = end
     if covered != view.shape[0]:

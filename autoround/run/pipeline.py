@@ -98,8 +98,8 @@ def _tokens(
     rows = streamed.model.get_input_embeddings().weight.shape[0]
     if int(tokens.ids.max()) >= rows:
         raise InputError(
-            f"token {int(tokens.ids.max())} is outside the {rows} embeddings of "
-            f"{streamed.checkpoint.path}; "
+            f"{streamed.checkpoint.path}: token {int(tokens.ids.max())} is outside the model's "
+            f"{rows} embeddings; "
             "the tokenizer or the token ids belong to another model"
         )
     return tokens
