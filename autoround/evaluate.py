@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from autoround.calib import TokenSet, load_tokens, pack
 from autoround.checkpoint import DTYPES, Checkpoint, resolve
-from autoround.errors import InputError, blamed
+from autoround.errors import InputError, about, blamed
 from autoround.floats import (
     Floats,
     Run,
@@ -261,7 +261,9 @@ class Pair:
     def positions(self, text: TokenSet) -> Positions:
         """The quantized model at every position of the text."""
         run = by_token if self.compute == "fast" else log_probabilities
-        found = compare(self.quantized, self.floats(text), text.ids, run)
+        floats = self.floats(text)
+        with running(self.quantized), about(self.where):
+            found = compare(self.quantized, floats, text.ids, run)
         if not (found.kl.isfinite().all() and found.nll.isfinite().all()):
             raise InputError(
                 f"{self.where} puts out NaN or infinity on this text; check it with "
@@ -279,7 +281,8 @@ class Pair:
 
         def make() -> dict[str, Tensor]:
             model = load(self.source, dtype=other, device_map=self.device_map)
-            return compare(model, self.floats(text), text.ids).tensors
+            with running(model):
+                return compare(model, self.floats(text), text.ids).tensors
 
         found = Positions(**cached(self._key(text), "noise", make))
         names = [str(dtype).removeprefix("torch.") for dtype in (own, other)]
@@ -298,8 +301,8 @@ def compare(model: Any, floats: Floats, ids: Tensor, run: Run = log_probabilitie
         own = floats.part(index * count, (index + 1) * count)
         if logq.shape[1] <= int(own.ids.max()):
             raise InputError(
-                f"{model.config.name_or_path} predicts {logq.shape[1]} tokens, its float self "
-                "more; --against is another model"
+                f"the model predicts {logq.shape[1]} tokens, its float self more; "
+                "--against is another model"
             )
         likeliest = logq.argmax(-1)
         nll = -logq.gather(1, following[:, None])[:, 0]

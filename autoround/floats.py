@@ -139,9 +139,7 @@ def over(
     tokens ``[L - 1]``: the whole of a vocabulary is never held for more than one sample."""
     for begin in range(0, len(ids), BATCH):
         batch = ids[begin : begin + BATCH]
-        with running(model):
-            found = run(model, batch)
-        for row, logits in enumerate(found):
+        for row, logits in enumerate(run(model, batch)):
             take(begin + row, F.log_softmax(logits.float().cpu(), -1), batch[row, 1:])
 
 
@@ -216,4 +214,10 @@ def _store(file: Path, content: bytes) -> None:
 
 def floats_of(source: Path, ids: Tensor, key: str, load: Callable[[], Any]) -> Floats:
     """`float_pass` of the model in ``source``, which is loaded only where it was never asked."""
-    return Floats(**cached(key, "floats", lambda: float_pass(load(), ids).tensors))
+
+    def make() -> dict[str, Tensor]:
+        model = load()
+        with running(model):
+            return float_pass(model, ids).tensors
+
+    return Floats(**cached(key, "floats", make))

@@ -10,6 +10,7 @@ is counted, not timed: what is refused is refused on every machine.
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import dropwhile, takewhile
 from re import _constants as op  # type: ignore[attr-defined]
 from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
@@ -70,6 +71,7 @@ class Pattern:
         try:
             tree = parser.parse(source)
             self._part = _sequence(tree, tree.state.flags)
+            self._begin = _literals(tree) if not tree.state.flags & re.IGNORECASE else ""
         except (re.error, OverflowError) as error:
             raise self._refused(f"is not a regular expression: {error}") from None
         except RecursionError:
@@ -79,11 +81,11 @@ class Pattern:
 
     def match(self, text: str) -> bool:
         """Whether ``text`` begins with what this describes, as for ``re.match``."""
-        return self._run(text, 1)
+        return text.startswith(self._begin) and self._run(text, 1)
 
     def search(self, text: str) -> bool:
         """Whether it is anywhere in ``text``, as for ``re.search``."""
-        return self._run(text, (2 << len(text)) - 1)
+        return self._begin in text and self._run(text, (2 << len(text)) - 1)
 
     def _run(self, text: str, starts: int) -> bool:
         try:
@@ -97,8 +99,17 @@ class Pattern:
         return InputError(f"the pattern {self.source!r:.80} {why}")
 
 
-#: A file's patterns are asked about each of its modules.
-compiled = lru_cache(maxsize=1024)(Pattern)
+#: Patterns of one file that are kept ready, and the most that one may have.
+MOST = 1 << 16
+#: A file's patterns are asked about each of its modules: thousands of both, where every expert has
+#: a row of its own. Of most only the beginning is looked at (.6 us; the whole of one takes 20).
+compiled = lru_cache(maxsize=MOST)(Pattern)
+
+
+def _literals(tree: Any) -> str:
+    """What everything that is described begins with."""
+    rest = dropwhile(lambda row: row == (op.AT, op.AT_BEGINNING), tree)
+    return "".join(chr(value) for _, value in takewhile(lambda row: row[0] is op.LITERAL, rest))
 
 
 # ---- parts ---------------------------------------------------------------------------------------

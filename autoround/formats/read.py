@@ -21,7 +21,7 @@ from autoround.formats import awq, canonical, compressed, gptq, mlx
 from autoround.formats.contents import Contents, Module, Stored
 from autoround.formats.sink import DTYPES
 from autoround.header import BITS
-from autoround.patterns import compiled
+from autoround.patterns import MOST, compiled
 from autoround.scheme import KEEP_BITS, KEPT, TABLES, Scheme
 from hal import QTensor, Spec, Unsupported
 
@@ -110,12 +110,21 @@ AUTO_ROUND = {
 COMPRESSED = ("pack-quantized", "int-quantized")
 
 
+#: A key or row that is a name; others are patterns.
+NAME = re.compile(r"[\w.-]+")
+
+
 def _texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(row, str) for row in value)
+    return isinstance(value, list) and all(isinstance(row, str) for row in value) and _few(value)
 
 
 def _tables(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(row, dict) for row in value.values())
+    rows = isinstance(value, dict) and all(isinstance(row, dict) for row in value.values())
+    return rows and _few(value)
+
+
+def _few(rows: Iterable[str]) -> bool:
+    return sum(not NAME.fullmatch(row) for row in rows) <= MOST
 
 
 def _whole(value: Any) -> bool:

@@ -100,6 +100,7 @@ class ShardSink:
     def _create(self, index: int, shard: list[Stored], header: bytes) -> None:
         size = len(header) + sum(stored.nbytes for stored in shard)
         path = self.directory / (self.names[index] + PARTIAL)
+        path.unlink(missing_ok=True)  # it may be a link, or a pipe
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         self._files.append(file)
         try:
@@ -117,9 +118,12 @@ class ShardSink:
         path = next((p for p in found if p.is_file()), found[0])
         try:
             self._files.append(os.open(path, os.O_RDWR))
+            begun = os.pread(self._files[-1], len(header), 0)
+            held = os.fstat(self._files[-1]).st_size
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}; {AGAIN}") from error
-        if os.pread(self._files[-1], len(header), 0) != header:
+        size = len(header) + sum(stored.nbytes for stored in self._shards[index])
+        if begun != header or held != size:
             raise InputError(f"{path} is not the file that the run began; {AGAIN}")
 
     def _prove(self) -> None:

@@ -63,6 +63,7 @@ class Spool:
 
     def __init__(self, directory: Path, digests: Digests) -> None:
         self._path, self._digests = directory / "chains.partial", digests
+        self._path.unlink(missing_ok=True)  # it may be a link, or a pipe
         self._file = self._path.open("wb")
         self._places: dict[tuple[int, str], int] = {}
         self._content = hashlib.sha256()

@@ -169,6 +169,7 @@ def remove(path: Path) -> None:
 def write_whole(path: Path, data: bytes) -> None:
     """A file that is there as a whole or not at all, whatever happens meanwhile."""
     partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)  # it may be a link, or a pipe
     with partial.open("wb") as file:
         file.write(data)
         file.flush()

@@ -185,6 +185,8 @@ ROWS = [
     ("verify gptq", "config.json", setting(quantization_config__dynamic={"(": {}}), None),
     ("verify gptq", "config.json", setting(quantization_config__dynamic=[1]), None),
     ("verify gptq", "config.json", setting(quantization_config__dynamic={SLOW: {}}), None),
+    ("verify gptq", "config.json",
+     setting(quantization_config__dynamic={f"{i}.*": {} for i in range(70_000)}), "differences"),
     ("verify gptq", "config.json", setting(quantization_config__dynamic={"(.)\\1": {}}), "differ"),
     ("verify ct", "config.json", setting(quantization_config__ignore=["re:" + SLOW]), None),
     ("layer config", "layers.json", setting(**{SLOW: "W8A16"}), "matches no layer"),
@@ -197,6 +199,7 @@ ROWS = [
     ("report", "autoround.log", link("/proc/self/mem"), None),
     ("resume", "journal/run.json", terabyte, "more than the 0.1 GB"),
     ("resume", "journal/00000.json", pipe, "no ordinary file"),
+    ("resume", "model.safetensors.partial", terabyte, "is not the file that the run began"),
 ]  # fmt: skip
 
 
