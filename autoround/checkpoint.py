@@ -28,7 +28,7 @@ SHARD = re.compile(r"^.+-\d{5}-of-(\d{5})\.safetensors$")
 SHARD_NAME = re.compile(r"[\w. +=@~-]{1,200}\.safetensors")
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 #: Settings that say how often something is there: as many names or rows there must be, too.
-COUNTS = re.compile(r"(^|_)n(um)?_(\w+_)?(layers?|experts|blocks)$|^depth$")
+COUNTS = re.compile(r"(^|_)n(um)?_(\w+_)?(layers?|experts|blocks|labels)$|^depth$")
 FLOATS = {"F16", "BF16", "F32", "F64"}
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2,

@@ -36,10 +36,10 @@ def about(path: Path) -> Iterator[None]:
 @contextmanager
 def blamed(what: str, remedy: str) -> Iterator[None]:
     """Code that others wrote, on files that say what it does: whatever it raises, panics of native
-    code (which are no Exceptions) included, is the files' fault; want of memory is not."""
+    code (which are no Exceptions) included, is the files' fault; want of memory or disk is not."""
     try:
         yield
-    except (InputError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (InputError, OSError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
         if any(words in str(error) for words in ("allocate memory", "out of memory")):

@@ -179,7 +179,9 @@ class Pair:
     """A finished directory and the float model it came from, each loaded when first needed."""
 
     def __init__(self, model: str, against: str, device_map: str | None, compute: str) -> None:
-        self.where, self.source = resolve(model), resolve(against)
+        self.where, self.source = (
+            Checkpoint(resolve(given), quantized=True).path for given in (model, against)
+        )
         self.model, self.against = model, against
         self.device_map, self.compute = device_map, compute
         self.tokenizer, reason = tokenizer_of(self.source)

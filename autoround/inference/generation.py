@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from autoround.checkpoint import resolve
+from autoround.checkpoint import Checkpoint, resolve
 from autoround.errors import InputError, blamed
 from autoround.inference.decoder import continuation
 from autoround.inference.loading import ANEW, load
@@ -22,7 +22,7 @@ class Writer:
     def __init__(
         self, model: str, *, compute: str = "exact", device_map: str | int | None = None
     ) -> None:
-        where = resolve(model)
+        where = Checkpoint(resolve(model), quantized=True).path
         self.tokenizer, reason = tokenizer_of(where)
         if self.tokenizer is None:
             raise InputError(

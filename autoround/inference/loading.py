@@ -46,8 +46,9 @@ def load(
     where = resolve(str(path))
     if not (where / "config.json").is_file():
         raise InputError(f"{where} has no config.json; give the directory of a finished model")
+    checkpoint = Checkpoint(where, quantized=True)
     config = compat.load_config(str(where), trust_remote_code=False)
-    if quantized := Checkpoint(where, quantized=True).quantization:
+    if quantized := checkpoint.quantization:
         # Whatever program wrote them: our kernels read the files, not the config.
         named = quantized if quantized.get("quant_method") == "auto-round" else {}
         packing = named.get("packing_format", "auto_round")

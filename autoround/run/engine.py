@@ -6,6 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch.nn.functional import mse_loss
 
 import hal
 from autoround.calib import TokenSet
-from autoround.errors import InputError
+from autoround.errors import InputError, blamed
+from autoround.files import AGAIN
 from autoround.models import (
     Call,
     PausedForwards,
@@ -118,9 +120,15 @@ class Engine:
         with self._forwards(inputs, len(rows)) as forwards:
             self._blocks(forwards, len(rows), state and state["received"])
 
-    def _forwards(self, inputs: list[dict[str, Tensor]], n: int) -> PausedForwards:
-        modules = self.streamed.blocks.modules
-        return PausedForwards(self.streamed.model, modules, inputs, self._adopt(n))
+    @contextlib.contextmanager
+    def _forwards(self, inputs: list[dict[str, Tensor]], n: int) -> Iterator[PausedForwards]:
+        """All forwards, each at its first block."""
+        model, modules = self.streamed.model, self.streamed.blocks.modules
+        forwards = PausedForwards(model, modules, inputs, self._adopt(n))
+        with contextlib.ExitStack() as stack:
+            with self._own_code(type(model).__name__):
+                stack.enter_context(forwards)
+            yield forwards
 
     def _placed(self, forwards: PausedForwards, state: Mapping[str, Any]) -> bool:
         """Bring every forward to where it stood when the state was committed.
@@ -256,7 +264,7 @@ class Engine:
         quants = Samples({i - n: call for i, call in calls.items() if i >= n}, device)
         calls.clear()
         task.x, task.floats = quants if quants.indices else floats, floats
-        outputs = self._forward_all(task, floats, {}, self._finite)
+        outputs = self._float_outputs(task, floats)
         if not written:
             task.y = {i: hidden(out) for i, out in outputs.items()}
             task.held = held_out(self.recipe, task.x.indices)
@@ -309,6 +317,24 @@ class Engine:
                     row = store.put(samples.indices.index(i), hidden(piece))
                     outputs[i] = (row, *piece[1:]) if isinstance(piece, tuple) else row
         return outputs
+
+    def _float_outputs(self, task: BlockTask, floats: Samples) -> dict[int, Any]:
+        """Raises InputError for a block that does not run as its config has it."""
+        try:
+            return self._forward_all(task, floats, {}, self._finite)
+        except InputError:
+            raise
+        except Exception:
+            call = floats.gather(floats.indices[:1])
+            with torch.no_grad(), self._own_code(self.streamed.blocks.names[task.index]):
+                task.module(*call.args, **call.kwargs)  # alone, and nothing of ours around it
+            raise
+
+    def _own_code(self, name: str) -> AbstractContextManager[None]:
+        """Where nothing but the model's own code runs, on what it is given: settings that
+        contradict each other fail anywhere in there."""
+        file = self.streamed.checkpoint.path / "config.json"
+        return blamed(f"{file}: {name} does not run with it", AGAIN)
 
     def _finite(self, task: BlockTask, out: Tensor) -> None:
         if not torch.isfinite(out).all():
