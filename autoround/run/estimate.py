@@ -5,10 +5,11 @@ Memory is arithmetic over what a run really holds; the factors were fitted to th
 models of 0.01 to 0.27 G weights; docs/planning.md has where they hold and where not. What is
 alive at one time: the process, the embeddings, one block, waiting forwards, hidden states of all
 samples, and the larger of what forwards of a batch and what the work on one matrix take. Before
-the end, the proof maps the largest tensors of the source and of the files that hold them.
+the end, the proof maps pieces of the tensors of the source and of the files that hold them.
 """
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,7 @@ from autoround.models.store import COPIES, available_bytes
 from autoround.models.survey import WeightView
 from autoround.recipe import Recipe
 from autoround.run.plan import Layer, ModelPlan
+from autoround.verify.check import PIECE
 
 #: What a run adds to a process that has made its plan: code and pools of kernels, the tokenizer.
 PROCESS = 40_000_000
@@ -92,7 +94,7 @@ def needs(
     """
     shape = shape_of(plan, recipe)
     kept, every = _largest(plan.contents)
-    proof = 3 * kept[0] + kept[1]
+    proof = min(3 * kept[0] + kept[1], 2 * PIECE * (os.cpu_count() or 1))
     if not recipe.calibrates:
         return Needs({"process": base + PROCESS, "tensors": max(proof, sum(every))}, 0, files, 0)
     held = HELD if recipe.enable_quanted_input else HELD // 2
