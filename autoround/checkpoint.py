@@ -322,19 +322,10 @@ class Checkpoint:
             yield x.view(DTYPES.get(entry.dtype, torch.uint8))
 
     def _examined(self, name: str, pieces: Iterable[Tensor]) -> str:
-        entry, bad = self.entry(name), 0
-
-        def finite() -> Iterator[Tensor]:
-            nonlocal bad
-            for x in pieces:
-                if entry.dtype in FLOATS:
-                    low, high = torch.aminmax(x)  # no temporary; both propagate NaN
-                    if not (low.isfinite() and high.isfinite()):
-                        bad += int((~x.isfinite()).sum())
-                yield x
-
-        found = digest.of_pieces(finite())
-        if bad:
+        entry = self.entry(name)
+        found, finite = digest.examine(pieces)
+        if not finite:
+            bad = int((~self.get(name).isfinite()).sum())
             raise InputError(
                 f"{name} in {entry.file} holds {bad} NaN or infinite weights; "
                 f"{AGAIN}, or repair the checkpoint"

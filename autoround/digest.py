@@ -5,7 +5,6 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from hal import digest
@@ -13,14 +12,17 @@ from hal import digest
 PIECE = 1 << 22  # bytes; a tensor's digest is that of its pieces of this size
 
 
-def of_pieces(pieces: Iterable[Tensor]) -> str:
-    """The digest of a tensor that comes in flat pieces of PIECE bytes, the last one shorter."""
-    content = hashlib.sha256()
+def examine(pieces: Iterable[Tensor]) -> tuple[str, bool]:
+    """The digest of a tensor that comes in flat pieces of PIECE bytes, the last one shorter, and
+    whether all of it is finite."""
+    content, finite = hashlib.sha256(), True
     for piece in pieces:
-        data = piece.contiguous().view(torch.uint8)
-        content.update(data.numel().to_bytes(8, "little"))
-        content.update(memoryview(digest.sums(data).numpy()))  # type: ignore[arg-type]
-    return content.hexdigest()[:32]
+        data = piece.contiguous()
+        sums, sound = digest.sums(data)
+        finite = finite and sound
+        content.update(data.nbytes.to_bytes(8, "little"))
+        content.update(memoryview(sums.numpy()))  # type: ignore[arg-type]
+    return content.hexdigest()[:32], finite
 
 
 def pieces(x: Tensor) -> Iterable[Tensor]:
@@ -32,7 +34,7 @@ def pieces(x: Tensor) -> Iterable[Tensor]:
 
 def of_tensor(x: Tensor) -> str:
     """The digest of the bytes of a tensor, wherever it is; not of its shape."""
-    return of_pieces(pieces(x))
+    return examine(pieces(x))[0]
 
 
 def of_file(path: Path) -> str:

@@ -6,7 +6,7 @@
 #include <string>
 
 #include "bind_groups.h"
-#include "digest.h"
+#include "crc32.h"
 #include "dispatch.h"
 #include "threads.h"
 
@@ -67,6 +67,12 @@ void quantize_act(int isa, int threads, const HalShape& s, Address x, Address co
   run(table(isa).quantize_act, a, s.n * s.groups, s.n * s.k, threads);
 }
 
+void round_weights(int isa, int threads, const HalShape& s, Address w, Address words, Address scale,
+           Address zero) {
+  const HalRound a = {s, at(w), at<uint8_t>(words), at(scale), at<uint8_t>(zero)};
+  run(table(isa).round, a, s.n * s.groups, s.n * s.k, threads);
+}
+
 void repack(int isa, bool pack, const HalShape& s, int layout, Address codes, Address words,
             int threads) {
   const HalRepack a = {s, layout, at<uint8_t>(codes), at<uint32_t>(words)};
@@ -85,10 +91,19 @@ int64_t probe_peak(int isa, int64_t units, int threads) {
   return units * table(isa).peak_ops;
 }
 
-// Adds what `bytes` at `data` come to into DIGEST_LANES sums.
-void digest(Address data, int64_t bytes, Address sums) {
+// Adds what `bytes` at `data` come to into sums; whether they are finite numbers of `dtype`.
+bool digest(int isa, Address data, int64_t bytes, int dtype, Address sums) {
+  const HalTable& t = table(isa);
   const py::gil_scoped_release unlocked;
-  hal::digest(at<const uint8_t>(data), bytes, at<uint64_t>(sums));
+  bool finite = true;
+  const HalDigest a = {at<const uint8_t>(data), bytes, dtype, at<uint64_t>(sums), &finite};
+  t.digest(&a);
+  return finite;
+}
+
+uint32_t crc32(Address data, int64_t bytes) {
+  const py::gil_scoped_release unlocked;
+  return hal::crc32(at<const uint8_t>(data), bytes);
 }
 
 // Memory for prepared activations: one buffer per calling thread, grown and kept.
@@ -235,10 +250,13 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("quantize", quantize);
   m.def("dequantize", dequantize);
   m.def("quantize_act", quantize_act);
+  m.def("round", round_weights);
   m.def("repack", repack);
   m.def("probe_read", probe_read);
   m.def("probe_peak", probe_peak);
   m.def("digest", digest);
+  m.def("crc32_folds", hal::crc32_folds, "Whether this machine has the instructions of crc32.");
+  m.def("crc32", crc32);
   m.def("norm", norm);
   m.def("gate", gate);
   py::class_<Attention>(m, "Attention")

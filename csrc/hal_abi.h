@@ -71,6 +71,15 @@ struct HalAct {
   int32_t given;
 };
 
+// [n, k] rounded to nearest within the range of each group: codes as HAL_STREAM.
+struct HalRound {
+  HalShape s;
+  const void* w;
+  uint8_t* words;
+  void* scale;
+  uint8_t* zero;
+};
+
 // codes u8 [n, k] <-> qweight i32 of a file layout.
 struct HalRepack {
   HalShape s;
@@ -136,6 +145,16 @@ struct HalAttend {
   float* scores;                // scratch [kv_heads, 4, length]
 };
 
+// Adds what bytes come to into 2048 sums (digest.h); finite: whether they are numbers of `dtype` (HalFloat,
+// else -1) that all are.
+struct HalDigest {
+  const uint8_t* data;
+  int64_t bytes;
+  int32_t dtype;
+  uint64_t* sums;
+  bool* finite;
+};
+
 // Memory for the read probe: units of 16 KB.
 struct HalProbe {
   const uint8_t* data;
@@ -149,6 +168,7 @@ struct HalTable {
   void (*quantize)(const HalPlain*, int64_t group, int64_t end);
   void (*dequantize)(const HalPlain*, int64_t group, int64_t end);
   void (*quantize_act)(const HalAct*, int64_t group, int64_t end);
+  void (*round)(const HalRound*, int64_t group, int64_t end);
   void (*pack)(const HalRepack*, int64_t block, int64_t end);    // blocks of 32 columns
   void (*unpack)(const HalRepack*, int64_t block, int64_t end);  // blocks of 32 columns
   void (*tile)(const HalTiles*, const HalPlain*, int64_t tile, int64_t end);
@@ -159,6 +179,7 @@ struct HalTable {
   void (*norm)(const HalNorm*, int64_t row, int64_t end);
   void (*gate)(const HalGate*, int64_t row, int64_t end);
   void (*attend)(const HalAttend*, int64_t kv_head, int64_t end);
+  void (*digest)(const HalDigest*);
   void (*read)(const HalProbe*, int64_t unit, int64_t end);
   void (*peak)(const HalProbe*, int64_t unit, int64_t end);
   int64_t peak_ops;  // of one unit

@@ -296,8 +296,9 @@ HAL_INLINE void get_rows(const uint8_t* step, int v, int pair, uint64_t* a, uint
       x[h] = load_u64(step + Piece<B>::bytes(2 * v) + 8 * pair) >> Piece<B>::shift(2 * v + h);
       x[h] &= every_byte((1 << B) - 1);
     } else {
-      __builtin_memcpy(x + h, step + Piece<B>::bytes(2 * v + h) + pair * B, B);
-      x[h] = apart<B>(x[h]);
+      // B bytes through memory and back are slow: 8, of which the last piece of a step has some before.
+      const uint8_t* in = step + Piece<B>::bytes(2 * v + h) + pair * B;
+      x[h] = apart<B>(2 * v + h < 7 ? load_u64(in) : load_u64(in - (8 - B)) >> 8 * (8 - B));
     }
   }
   *a = (x[0] & 0xffffffff) | x[1] << 32;

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from autoround.errors import InputError
 from autoround.formats.contents import Stored
+from hal.digest import crc32
 
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -169,11 +170,12 @@ class ShardSink:
     def put_bytes(self, name: str, raw: Tensor, index: int = 0) -> None:
         """Write one tensor's raw bytes, whatever its dtype (for exact copies)."""
         place = self._places[name]
-        data = memoryview(raw.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        flat = raw.reshape(-1).view(torch.uint8)
+        data = memoryview(flat.numpy())  # type: ignore[arg-type]
         size = place.stored.nbytes // place.stored.pieces
         if len(data) != size or self.crcs[name][index] is not None:
             raise AssertionError(f"{name}: {len(data)} bytes, planned {place.stored}, or put twice")
-        crc = zlib.crc32(data)
+        crc = crc32(flat)
         file, offset = self._files[place.shard], place.offset + index * size
         while data:
             written = os.pwrite(file, data[:PIECE], offset)
