@@ -27,9 +27,10 @@ from pathlib import Path
 from autoround.run import stream
 from autoround.checkpoint import Checkpoint
 from autoround.options import build_recipe
-from autoround.run.record import Silent, peak_bytes
+from autoround.run.events import unheard
+from autoround.run.record import peak_bytes
 start = time.perf_counter()
-stream.quantize(build_recipe("rtn", {}), Checkpoint(sys.argv[1]), Path(sys.argv[2]), Silent())
+stream.quantize(build_recipe("rtn", {}), Checkpoint(sys.argv[1]), Path(sys.argv[2]), unheard)
 print(json.dumps([time.perf_counter() - start, peak_bytes()]))
 """
 

@@ -188,7 +188,7 @@ def storing(w: Tensor, text: str) -> list[Verb]:
     spec, size = hal.Spec.parse(text), w.numel()
     q = hal.quantize(w, hal.search(w, spec), spec)
     found = []
-    for layout in ("gptq_raw", "awq"):
+    for layout in ("stream", "gptq_raw", "awq"):
         if hal.refuse(spec, q.shape, layout):
             continue
         packed, b = hal.pack(q, layout), spec.bits / 8
@@ -210,7 +210,7 @@ def storing(w: Tensor, text: str) -> list[Verb]:
             )
 
         def rtn(layout: str = layout) -> None:
-            hal.pack(hal.quantize(w, hal.search(w, spec), spec), layout)
+            hal.pack(hal.quantize(w, None, spec, layout="stream"), layout)
 
         found.append(Verb(f"RTN to {layout}", text, size, 2, b, rtn, None))
     ready = hal.prepare(q, dtype=torch.bfloat16)

@@ -102,15 +102,22 @@ def _constant_row(value: int, n: int, bits: int) -> Tensor:
     return pack_stream(torch.full((1, n), value, dtype=torch.uint8), bits)
 
 
-def _pack_gptq(offset: int) -> Callable[[Parts, Spec], Parts]:
-    def pack(parts: Parts, spec: Spec) -> Parts:
+def _turn_gptq(offset: int) -> Callable[[Tensor, Parts, Spec], Parts]:
+    """From layout stream: a column of these words is a row of those."""
+
+    def turned(words: Tensor, parts: Parts, spec: Spec) -> Parts:
         return {
-            "qweight": _t(pack_stream(parts["codes"], spec.bits)),
+            "qweight": words,
             "qzeros": _gptq_zeros(parts, spec, offset),
             "scales": _t(parts["scale"]),
         }
 
-    return pack
+    return turned
+
+
+def _pack_gptq(offset: int) -> Callable[[Parts, Spec], Parts]:
+    turned = _turn_gptq(offset)
+    return lambda parts, spec: turned(_t(pack_stream(parts["codes"], spec.bits)), parts, spec)
 
 
 def _unpack_gptq(offset: int) -> Unpack:
@@ -205,6 +212,8 @@ class Layout:
     ``fits(spec, N, K)`` answers None or the reason it cannot hold them; ``pack(plain, spec)``;
     ``unpack(parts, spec, (N, K))``. Native layouts of a backend are rows of the same kind.
     ``stored(spec, N, K)``: dtype and shape of what a file layout's ``pack`` returns.
+    ``turned(words, stream, spec)``: ``pack`` from the parts of layout stream and its words
+    transposed, where that is all there is to do.
     ``rows``: how many rows of the weight stay together, so that parts of two weights put one after
     the other are the parts of the joined weight; 0 = that does not hold. ``memory(bytes)``: a
     better place for the weights of a model than one tensor each (`hal.settle`), u8.
@@ -217,6 +226,7 @@ class Layout:
     rows: int = 0
     stored: Callable[[Spec, int, int], Stored] = _plain_parts
     memory: Callable[[int], Tensor] | None = None
+    turned: Callable[[Tensor, Parts, Spec], Parts] | None = None
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -224,9 +234,25 @@ LAYOUTS: dict[str, Layout] = {
     for row in (
         Layout("plain", lambda spec, n, k: None, lambda p, spec: p, lambda p, spec, shape: p, 1),
         # int32 [K * b / 32, N], zeros stored minus one (GPTQ v1)
-        Layout("gptq", _fits_gptq_minus_one, _pack_gptq(1), _unpack_gptq(1), 0, _gptq_parts),
+        Layout(
+            "gptq",
+            _fits_gptq_minus_one,
+            _pack_gptq(1),
+            _unpack_gptq(1),
+            0,
+            _gptq_parts,
+            turned=_turn_gptq(1),
+        ),
         # the same with zeros stored as they are (GPTQ v2, auto_round)
-        Layout("gptq_raw", _fits_stream, _pack_gptq(0), _unpack_gptq(0), 0, _gptq_parts),
+        Layout(
+            "gptq_raw",
+            _fits_stream,
+            _pack_gptq(0),
+            _unpack_gptq(0),
+            0,
+            _gptq_parts,
+            turned=_turn_gptq(0),
+        ),
         # int32 [N, K * b / 32], scales and zeros as in plain (compressed-tensors, MLX, our own)
         Layout("stream", _fits_rows, _pack_rows, _unpack_rows, 1, _rows_parts),
         # int32 [K, N / 8], nibble order 0 2 4 6 1 3 5 7

@@ -65,11 +65,20 @@ def qdq_step_(
     _run(_kernel("qdq_step", spec, w), w.device, p, w, grad, spec, lr_v, lr_range)
 
 
-def quantize(w: Tensor, p: Params, spec: Spec) -> QTensor:
-    """Codes, scales and zero levels of ``w [N, K]`` Float in layout plain."""
+def quantize(w: Tensor, p: Params | None, spec: Spec, *, layout: str = "plain") -> QTensor:
+    """Codes, scales and zero levels of ``w [N, K]`` Float in a file layout (`pack`).
+
+    ``p`` None rounds to nearest in the min-max range that `search` gives: where a kernel does all
+    of it at once, in one pass from weight to file.
+    """
     _check_matrix(w, "w")
-    _check_params(p, w, spec)
     n, k = w.shape
+    _check_layout(layout, spec, (n, k))
+    if p is None:
+        case = Case("round", spec, w.dtype, n, k, devices.caps(w.device), layout=layout)
+        parts = _run(select(case), w.device, w, spec, layout)
+        return QTensor(spec, (n, k), layout, parts)
+    _check_params(p, w, spec)
     groups = (n, spec.groups(k))
     parts = {
         "codes": devices.empty((n, k), torch.uint8, w.device),
@@ -78,7 +87,7 @@ def quantize(w: Tensor, p: Params, spec: Spec) -> QTensor:
     if not spec.symmetric:
         parts["zero"] = torch.empty(groups, dtype=torch.uint8, device=w.device)
     _run(_kernel("quantize", spec, w), w.device, w, p, spec, parts)
-    return QTensor(spec, (n, k), "plain", parts)
+    return pack(QTensor(spec, (n, k), "plain", parts), layout)
 
 
 def dequantize(q: QTensor, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -91,17 +100,25 @@ def dequantize(q: QTensor, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def pack(q: QTensor, layout: str) -> QTensor:
     """The same numbers in another file layout: exact, or Unsupported when it cannot hold them."""
-    if layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
-    if reason := LAYOUTS[layout].fits(q.spec, *q.shape):
-        raise Unsupported(f"layout {layout} cannot hold {q.spec}: {reason}")
+    _check_layout(layout, q.spec, q.shape)
     if q.perm is not None and layout != "plain":
         raise Unsupported(f"layout {layout} has no column order (act-order); use plain")
     if q.layout == layout:
         return q
+    if q.layout == "stream" and (turned := LAYOUTS[layout].turned):
+        words = q.parts["qweight"].t()
+        place = devices.empty((words.shape[0], words.shape[1]), words.dtype, words.device)
+        return q.with_parts(layout, turned(place.copy_(words), q.parts, q.spec))
     if q.layout != "plain":
         q = q.with_parts("plain", _repack("unpack", q, q.layout))
     return q if layout == "plain" else q.with_parts(layout, _repack("pack", q, layout))
+
+
+def _check_layout(layout: str, spec: Spec, shape: tuple[int, int]) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
+    if reason := LAYOUTS[layout].fits(spec, *shape):
+        raise Unsupported(f"layout {layout} cannot hold {spec}: {reason}")
 
 
 def refuse(spec: Spec, shape: tuple[int, int], layout: str) -> str | None:

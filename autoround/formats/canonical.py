@@ -33,7 +33,7 @@ def _stored(module: Module, contents: Contents | None) -> Shapes:
 
 
 def _pack(q: QTensor, module: Module, contents: Contents) -> Parts:
-    bare = QTensor(q.spec, q.shape, "plain", q.parts)
+    bare = QTensor(q.spec, q.shape, q.layout, q.parts)
     parts = dict(hal.pack(bare, "stream").parts)
     parts["codes"] = parts.pop("qweight")
     return parts if q.perm is None else {**parts, "perm": q.perm}

@@ -74,7 +74,7 @@ def _pack_packed(q: QTensor, module: Module, contents: Contents) -> Parts:
 
 
 def _pack_bytes(q: QTensor, module: Module, contents: Contents) -> Parts:
-    signed = (q.parts["codes"] ^ 0x80).view(torch.int8)  # level - 128
+    signed = (hal.pack(q, "plain").parts["codes"] ^ 0x80).view(torch.int8)  # level - 128
     return {"weight": signed, "weight_scale": q.parts["scale"]}
 
 

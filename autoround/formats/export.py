@@ -110,7 +110,7 @@ class Export:
         return self.sink.checksums
 
     def put(self, module: Module, q: QTensor) -> Written:
-        """Pack and write one module's plain weight; what it became."""
+        """Pack and write one module's weight, plain or a stream; what it became."""
         target = self.target
         place = target.format.place(module.name)
         parts: Parts = target.packing.pack(q, module, target.contents)

@@ -71,9 +71,10 @@ class Packing:
     """How one kind of file stores one quantized weight.
 
     ``refuse(module)``: why it cannot, or None. ``stored(module, contents)``: suffix -> dtype and
-    shape, and ``pack(q, module, contents)``: the tensors themselves; ``q`` is plain, its columns in
-    the matrix's order unless ``act_order`` (then ``q.perm`` tells). ``loss(q, parts)``: largest
-    difference between ``q`` dequantized and what a reader makes of the parts; None = always 0.
+    shape, and ``pack(q, module, contents)``: the tensors themselves; ``q`` is plain or, without a
+    ``perm``, a stream (`hal.layout`), its columns in the matrix's order unless ``act_order`` (then
+    ``q.perm`` tells). ``loss(q, parts)``: largest difference between ``q`` dequantized and what a
+    reader makes of the parts; None = always 0.
     """
 
     name: str

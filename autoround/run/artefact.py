@@ -81,7 +81,7 @@ class Artefact(ExitStack):
         return self
 
     def put(self, module: Module, q: QTensor) -> None:
-        """Write one module's plain weight; its tensors must not be changed afterwards."""
+        """Write one module's weight, plain or a stream; its tensors must not change afterwards."""
         self._hand(module.key, f"quantized {q.spec}", lambda export: export.put(module, q))
 
     def keep(self, key: str, raw: Tensor, because: str | None) -> None:

@@ -136,7 +136,9 @@ class _Rounding:
 
 def _round(layer: Layer, stored: Tensor, checkpoint: Checkpoint, artefact: Artefact) -> None:
     w = stored.to(computed_in(checkpoint))
-    q = hal.quantize(w, hal.search(w, layer.spec), layer.spec)
+    # Codes as our own files hold them, where they can: a byte for each would go through memory.
+    layout = "plain" if hal.refuse(layer.spec, (w.shape[0], w.shape[1]), "stream") else "stream"
+    q = hal.quantize(w, None, layer.spec, layout=layout)
     if not torch.isfinite(q.parts["scale"]).all():
         raise InputError(
             f"{checkpoint.path}: {layer.view.param}: a scale exceeds {layer.spec.scale}; "

@@ -53,6 +53,13 @@ def _quantize(w: Tensor, p: Params, spec: Spec, parts: Parts) -> None:
         parts["zero"].copy_(zero)
 
 
+def _round(w: Tensor, spec: Spec, layout: str) -> Parts:
+    """In steps, each by the best kernel for it."""
+    from hal import ops
+
+    return ops.quantize(w, ops.search(w, spec), spec, layout=layout).parts
+
+
 def _dequantize(parts: Parts, spec: Spec, out: Tensor) -> None:
     out.copy_(codec.decode(parts["codes"], parts["scale"], parts.get("zero"), spec))
 
@@ -91,6 +98,7 @@ KERNELS = (
     Kernel("reference.qdq", "qdq", _qdq),
     Kernel("reference.qdq_step", "qdq_step", codec.qdq_step_),
     Kernel("reference.quantize", "quantize", _quantize),
+    Kernel("reference.round", "round", _round),
     Kernel("reference.dequantize", "dequantize", _dequantize),
     Kernel("reference.pack", "pack", _pack),
     Kernel("reference.unpack", "unpack", _unpack),

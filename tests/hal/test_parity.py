@@ -173,6 +173,60 @@ def test_pack_unpack(
             assert all(same(back[name].cpu(), plain[name]) for name in plain), spec
 
 
+#: (n, k, group): vectors of 64 weights and what is left of them, two groups to a vector, odd
+#: counts of groups, a last group that is short, more groups than a batch, rows of many pieces.
+ROUNDED = [
+    (5, 352, 128), (3, 640, 64), (7, 96, 32), (5, 160, 16), (3, 320, 40), (2, 1312, 0),
+    (33, 128, 128), (1, 32, 128), (2, 576, 192),
+]  # fmt: skip
+
+
+@each("round")
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_round(round: Kernel, place: torch.device, bits: int) -> None:
+    turns = itertools.cycle(itertools.product(KINDS, FLOATS))
+    scales = itertools.cycle(("f16", "bf16", "f32", "f16"))
+    for n, k, group in ROUNDED:
+        for elem, zero in ((f"s{bits}", ""), (f"u{bits}", "int")):
+            for (kind, dtype), scale in zip(itertools.islice(turns, 5), scales):  # noqa: B905
+                spec, w = hal.Spec(elem, group, scale, zero), weight(kind, n, k, dtype)
+                case = Case("round", spec, dtype, n, k, devices.caps(place), layout="stream")
+                if round.when(case):
+                    continue
+                q, _, s, z = codec.levels(w, hal.Params(None, *_whole(w, spec)), spec)
+                plain = {"codes": codec.ungrouped(q, k).to(torch.uint8), "scale": s, "zero": z}
+                plain = {**plain, "scale": s.to(spec.scale_dtype), "zero": z.to(torch.uint8)}
+                if spec.symmetric:
+                    del plain["zero"]
+                want = LAYOUTS["stream"].pack(plain, spec)
+                got = round.fn(w.to(place), spec, "stream")
+                assert got.keys() == want.keys()
+                for name, t in want.items():
+                    assert torch.equal(got[name].cpu(), t), (spec, n, k, kind, dtype, name)
+
+
+def _whole(w: torch.Tensor, spec: hal.Spec) -> list[torch.Tensor]:
+    """lo, hi, amin, amax of rounding to nearest."""
+    amin, amax = codec.value_range(w, spec)
+    return [torch.ones_like(amin), torch.ones_like(amin), amin, amax]
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_from_a_stream(bits: int, layout: str) -> None:
+    """Rounded in one pass or in steps, turned or by way of a byte for each code: the same files."""
+    for spec in (hal.Spec(f"s{bits}", 32), hal.Spec(f"u{bits}", 0, zero="int")):
+        w = weights(64, 288, bits).bfloat16()
+        if hal.refuse(spec, (64, 288), layout):
+            continue
+        want = hal.pack(hal.quantize(w, hal.search(w, spec), spec), layout).parts
+        stream = hal.quantize(w, None, spec, layout="stream")
+        for got in (hal.pack(stream, layout), hal.quantize(w, None, spec, layout=layout)):
+            assert got.layout == layout
+            assert got.parts.keys() == want.keys()
+            assert all(same(got.parts[name], t) for name, t in want.items()), spec
+
+
 GEMM_SHAPES = [(1, 1), (33, 1), (65, 90), (70, 256), (128, 512), (3, 300), (192, 640)]
 
 
