@@ -12,7 +12,8 @@ find_library(SYCL_LIBRARY sycl HINTS ${HAL_SYCL_ROOT}/lib REQUIRED NO_CACHE)
 
 set(HAL_SYCL_SOURCES
   csrc/hal_abi.h csrc/floats.h csrc/team.h csrc/group_ops.h kernels_sycl/device.hpp
-  kernels_sycl/products.h kernels_sycl/products.cpp kernels_sycl/groups.cpp)
+  kernels_sycl/products.h kernels_sycl/weight.hpp kernels_sycl/groups.cpp kernels_sycl/products.cpp
+  kernels_sycl/matrix.cpp)
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${HAL_SYCL_SOURCES})
 set(embedded "")
 foreach(source ${HAL_SYCL_SOURCES})

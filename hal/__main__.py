@@ -142,7 +142,7 @@ def _written(case: Case) -> Kernel | None:
 EXAMPLES: dict[str, tuple[str, frozenset[str], int, int]] = {
     "cpu": ("amx", frozenset({"amx"}), 8, 1 << 35),
     "cuda": ("sm_90", frozenset(), 132, 1 << 37),
-    "xpu": ("", frozenset(), 160, 1 << 34),
+    "xpu": ("", frozenset({"xmx"}), 160, 1 << 34),
     "hpu": ("", frozenset(), 24, 1 << 37),
     "mps": ("", frozenset(), 16, 1 << 35),
 }

@@ -33,9 +33,10 @@ std::string text_of(const std::string& name) {
 using Bundle = sycl::kernel_bundle<sycl::bundle_state::executable>;
 
 // What a bundle of kernels is compiled for: products are for a number of bits and a dtype of x, the
-// rest for any (bits = 0).
+// rest for any (bits = 0). `matrix`: on matrix engines, which not every device has.
 struct Kind {
   int bits, dtype;
+  bool matrix;
 };
 
 Bundle compiled(const sycl::context& context, Kind kind) {
@@ -45,31 +46,32 @@ Bundle compiled(const sycl::context& context, Kind kind) {
                                         "hal_quantize", "hal_dequantize", "hal_quantize_act",
                                         "hal_pack",     "hal_unpack",     "hal_pack_awq",
                                         "hal_unpack_awq"};
-  const std::vector<std::string> products = {"hal_product", "hal_decode"};
-  std::string main = text_of(kind.bits ? "products.cpp" : "groups.cpp");
+  const std::vector<std::string> products = {"hal_product", "hal_decode"}, matrix = {"hal_matrix"};
+  std::string main = text_of(kind.matrix ? "matrix.cpp" : kind.bits ? "products.cpp" : "groups.cpp");
   if (kind.bits) {
     main = "#define HAL_BITS " + std::to_string(kind.bits) + "\n#define HAL_FLOAT " +
            std::to_string(kind.dtype) + "\n" + main;
   }
   auto source = ex::create_kernel_bundle_from_source(context, ex::source_language::sycl, main,
                                                      ex::properties{headers});
-  return ex::build(source, ex::properties{ex::registered_names{kind.bits ? products : any}});
+  const auto& names = kind.matrix ? matrix : kind.bits ? products : any;
+  return ex::build(source, ex::properties{ex::registered_names{names}});
 }
 
 sycl::kernel kernel(const sycl::context& context, Kind kind, const std::string& name) {
   static std::mutex one_at_a_time;
   // Never freed: at the end of a process the driver may be gone before them.
-  static auto& bundles = *new std::map<std::tuple<size_t, int, int>, Bundle>;
-  static auto& kernels = *new std::map<std::tuple<size_t, int, int, std::string>, sycl::kernel>;
+  using Key = std::tuple<size_t, int, int, bool>;
+  static auto& bundles = *new std::map<Key, Bundle>;
+  static auto& kernels = *new std::map<std::pair<Key, std::string>, sycl::kernel>;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
-  const size_t where = std::hash<sycl::context>()(context);
-  const auto known = kernels.find({where, kind.bits, kind.dtype, name});
+  const Key of(std::hash<sycl::context>()(context), kind.bits, kind.dtype, kind.matrix);
+  const auto known = kernels.find({of, name});
   if (known != kernels.end()) return known->second;
-  const std::tuple<size_t, int, int> of(where, kind.bits, kind.dtype);
   auto bundle = bundles.find(of);
   if (bundle == bundles.end()) bundle = bundles.emplace(of, compiled(context, kind)).first;
   const sycl::kernel found = bundle->second.ext_oneapi_get_kernel("hal_" + name);
-  kernels.emplace(std::make_tuple(where, kind.bits, kind.dtype, name), found);
+  kernels.emplace(std::make_pair(of, name), found);
   return found;
 }
 
@@ -89,15 +91,20 @@ struct Queue {
     return *one;
   }
 
-  // `args`: those of the kernel. Without the GIL: the first launch of a kernel compiles it.
   template <class... Args>
   void launch(const char* name, Kind kind, int64_t items, const Args&... args) {
+    submit(name, kind, items, [&](sycl::handler& h) { h.set_args(args...); });
+  }
+
+  // `give` sets the kernel's arguments. Without the GIL: the first launch of a kernel compiles it.
+  template <class Give>
+  void submit(const char* name, Kind kind, int64_t items, Give give) {
     if (items <= 0) return;
     const py::gil_scoped_release unlocked;
     const sycl::kernel fn = kernel(queue.get_context(), kind, name);
     const size_t rounded = static_cast<size_t>((items + GROUP - 1) / GROUP * GROUP);
     queue.submit([&](sycl::handler& h) {
-      h.set_args(args...);
+      give(h);
       h.parallel_for(sycl::nd_range<1>(rounded, GROUP), fn);
     });
     if (own) queue.wait_and_throw();
@@ -117,7 +124,7 @@ template <class Args>
 void run(const char* verb, Address queue, int units, const Args& a, bool alone = false) {
   const int64_t count = a.s.n * a.s.groups;
   const int per = groups_of_team(alone, count, units);
-  Queue(queue).launch(verb, {0, 0}, (count + per - 1) / per * TEAM, a, per);
+  Queue(queue).launch(verb, {0, 0, false}, (count + per - 1) / per * TEAM, a, per);
 }
 
 void search(Address queue, int units, const HalShape& s, Address w, Address importance,
@@ -155,7 +162,7 @@ void repack(Address queue, bool pack, bool awq, const HalShape& s, Address codes
             int64_t along, int64_t across) {
   const HalWords a = {s, at<uint8_t>(codes), at<uint32_t>(words), along, across};
   const char* name = awq ? (pack ? "pack_awq" : "unpack_awq") : (pack ? "pack" : "unpack");
-  Queue(queue).launch(name, {0, 0}, s.n * s.k / (awq ? 8 : 32), a);
+  Queue(queue).launch(name, {0, 0, false}, s.n * s.k / (awq ? 8 : 32), a);
 }
 
 // A weight as rows of words. The tensors behind the addresses belong to the hal.Weight that owns this.
@@ -197,13 +204,24 @@ struct Words {
   static void launch(Address queue, HalProduct& a, int64_t rows) {
     a.blocks = (rows + HAL_X_ROWS - 1) / HAL_X_ROWS;
     a.blocks += !a.blocks;
-    Queue(queue).launch("product", {a.s.bits, a.s.dtype}, a.blocks * a.s.n * TEAM, a);
+    Queue(queue).launch("product", {a.s.bits, a.s.dtype, false}, a.blocks * a.s.n * TEAM, a);
+  }
+
+  // x [m, k], m a multiple of 32, times the weight on matrix engines: f32 [m, n].
+  void matrix(Address queue, Address x, int64_t m, Address sums) const {
+    HalProduct a = p;
+    a.x = at(x);
+    a.m = m;
+    Queue(queue).submit("matrix", {a.s.bits, a.s.dtype, true}, m / 32 * a.s.n, [&](sycl::handler& h) {
+      const sycl::local_accessor<uint16_t, 1> tiles(GROUP / TEAM * 16 * 32, h);
+      h.set_args(a, at<float>(sums), tiles);
+    });
   }
 
   void decode(Address queue, Address out) const {
     HalProduct a = p;
     a.out = at(out);
-    Queue(queue).launch("decode", {a.s.bits, a.s.dtype}, a.s.n * a.s.k, a);
+    Queue(queue).launch("decode", {a.s.bits, a.s.dtype, false}, a.s.n * a.s.k, a);
   }
 };
 
@@ -222,5 +240,6 @@ PYBIND11_MODULE(_sycl, m) {
       .def(py::init<const HalShape&, Address, Address, Address>())
       .def("product", &Words::product)
       .def("grouped", &Words::grouped)
+      .def("matrix", &Words::matrix)
       .def("decode", &Words::decode);
 }

@@ -91,6 +91,7 @@ class Engine:
                 self._head(self.plan.head)
         if tokens is not None:
             self._drive(tokens)
+            self.streamed.drop(self.streamed.model)  # nothing needs the embeddings any more
         for index in range(self.last + 1):
             if index not in self.done:  # no data, or text alone never reaches it: cross-attention
                 with self._block(index) as task:

@@ -3,12 +3,13 @@
 
 Memory is arithmetic over what a run really holds; the factors were fitted to the peaks of runs on
 models of 0.01 to 0.27 G weights; docs/planning.md has where they hold and where not. What is
-alive at one time: the process, one block, hidden states of all samples, and the larger of what
-forwards of a batch and what the work on one matrix take. Before the end, the proof maps the largest
-tensors of the source and of the files that hold them.
+alive at one time: the process, the embeddings, one block, waiting forwards, hidden states of all
+samples, and the larger of what forwards of a batch and what the work on one matrix take. Before
+the end, the proof maps pieces of the tensors of the source and of the files that hold them.
 """
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,7 @@ from autoround.models.store import COPIES, available_bytes
 from autoround.models.survey import WeightView
 from autoround.recipe import Recipe
 from autoround.run.plan import Layer, ModelPlan
+from autoround.verify.check import PIECE
 
 #: What a run adds to a process that has made its plan: code and pools of kernels, the tokenizer.
 PROCESS = 40_000_000
@@ -39,6 +41,8 @@ ROUNDED = {2: 6, 4: 8}
 STEPS = {2: 12, 4: 16}
 #: Hidden states of all samples that are held at most while a block is worked on.
 HELD = 4
+#: Bytes of a forward that waits between blocks: its stack, what its thread keeps, its arguments.
+FORWARD = 250_000
 #: Bytes of the moments of experts gathered in one pass (stages/feedback.py).
 EXPERTS_AT_ONCE = 1 << 30
 
@@ -90,22 +94,24 @@ def needs(
     """
     shape = shape_of(plan, recipe)
     kept, every = _largest(plan.contents)
-    proof = 3 * kept[0] + kept[1]
+    proof = min(3 * kept[0] + kept[1], 2 * PIECE * (os.cpu_count() or 1))
     if not recipe.calibrates:
         return Needs({"process": base + PROCESS, "tensors": max(proof, sum(every))}, 0, files, 0)
     held = HELD if recipe.enable_quanted_input else HELD // 2
     low_memory = low_memory or COPIES * shape.hidden > available_bytes() // 2
     states = 0 if low_memory else held * shape.hidden
     work = _work(plan, recipe, shape)
-    block = shape.stored + states + work
-    memory = {"process": base + PROCESS}
+    forwards = FORWARD * recipe.nsamples * (2 if recipe.enable_quanted_input else 1)
+    tables = _outside(plan.contents)
+    block = shape.stored + work + tables
+    memory = {"process": base + PROCESS, "waiting forwards": forwards}
     if accelerated:  # what passes between blocks stays with the host
         memory |= {"hidden states": states, "largest tensors": max(proof, sum(every))}
-        block = shape.stored + work
-    elif proof > block:
+    elif proof > block + states:
         memory["largest tensors, read back"] = proof
     else:
-        memory |= {"block": shape.stored, "hidden states": states, "work on a block": work}
+        memory |= {"embeddings": tables, "block": shape.stored, "hidden states": states}
+        memory["work on a block"] = work
     scratch = (2 + (HELD + 1) * low_memory + 2) * shape.hidden
     return Needs(memory, block if accelerated else 0, files, scratch)
 
@@ -200,6 +206,12 @@ def _largest(contents: Contents) -> tuple[tuple[int, int], tuple[int, int]]:
     every = sorted(t.nbytes for t in contents.tensors.values())
     kept, every = [0, 0, *kept], [0, 0, *every]
     return (kept[-1], kept[-2]), (every[-1], every[-2])
+
+
+def _outside(contents: Contents) -> int:
+    """Bytes of what the forwards read outside the blocks: all but the output projection."""
+    kept = (t for t in contents.kept if not contents.inside(t.name) and "head" not in t.name)
+    return sum(t.nbytes for t in kept)
 
 
 def _itemsize(contents: Contents, block: Sequence[Layer]) -> int:

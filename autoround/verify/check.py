@@ -33,6 +33,8 @@ from autoround.verify.claims import RULES, Claim
 from autoround.verify.decode import Numbers
 
 Task = Callable[[], None]
+#: Bytes of a tensor that are compared at one time.
+PIECE = 32 << 20
 #: Where readers look for the quantization beside config.json.
 COPIES = ("quantization_config.json", "quantize_config.json")
 
@@ -196,8 +198,11 @@ class _Check:
                 yield partial(self._checksum, checkpoint, name, crc, whose)
 
     def _checksum(self, checkpoint: Checkpoint, name: str, crc: str, whose: str) -> None:
-        raw = checkpoint.get(name).reshape(-1).view(torch.uint8).numpy()
-        if f"{zlib.crc32(memoryview(raw)):08x}" != crc:  # type: ignore[arg-type]
+        found = 0
+        for rows in _pieces(checkpoint, name):
+            raw = checkpoint.get(name, rows).reshape(-1).view(torch.uint8).numpy()
+            found = zlib.crc32(memoryview(raw), found)  # type: ignore[arg-type]
+        if f"{found:08x}" != crc:
             self._differs(f"{whose}{name} is not what was written: its checksum differs")
 
     def _alone(self, files: Quantized) -> Iterator[Task]:
@@ -360,14 +365,24 @@ class _Check:
             self._differs(f"{name} is here and not in the run")
 
     def _same_kept(self, run: Quantized, name: str, place: Place) -> None:
-        want, index = run.kept(name), place.index
-        rows = slice(None) if index is None else slice(index, index + 1)
-        have = self.checkpoint.get(place.name, rows)
-        have = have if index is None else have[0]
-        if not _same_bytes(have, want.to(have.dtype)):
+        index = place.index
+        piecewise = index is None and name.removesuffix(".weight") not in run.tables
+        if (
+            piecewise
+            and self.checkpoint.entry(place.name).shape != run.checkpoint.entry(name).shape
+        ):
             self._differs(f"{name} is not what the run has")
-        elif have.dtype != want.dtype:
-            self._lost(furthest(have, want))
+            return
+        for rows in _pieces(run.checkpoint, name) if piecewise else [slice(None)]:
+            want = run.checkpoint.get(name, rows) if piecewise else run.kept(name)
+            own = rows if index is None else slice(index, index + 1)
+            have = self.checkpoint.get(place.name, own)
+            have = have if index is None else have[0]
+            if not _same_bytes(have, want.to(have.dtype)):
+                self._differs(f"{name} is not what the run has")
+                return
+            if have.dtype != want.dtype:
+                self._lost(furthest(have, want))
 
     def _lost(self, error: float) -> None:
         with self._lock:
@@ -404,6 +419,17 @@ def _side_by_side(tasks: Iterable[Task]) -> None:
         for done in [pool.submit(task) for task in tasks]:
             done.result()
     torch.set_num_threads(threads)  # new threads start with what was set last, anywhere
+
+
+def _pieces(checkpoint: Checkpoint, name: str) -> Iterator[slice]:
+    """Rows of a tensor, PIECE bytes at most together: what is mapped at one time is that small."""
+    entry = checkpoint.entry(name)
+    if not entry.shape or not entry.nbytes:
+        yield slice(None)
+        return
+    step = max(1, PIECE * entry.shape[0] // entry.nbytes)
+    for start in range(0, entry.shape[0], step):
+        yield slice(start, min(start + step, entry.shape[0]))
 
 
 def _record(path: Path) -> dict[str, Any]:

@@ -8,26 +8,28 @@ for tests, through Intel's OpenCL for processors.
 import importlib
 import importlib.metadata
 import os
+from dataclasses import replace
 from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hal import groupwise
 from hal import layout as file_layouts
-from hal.backends import reference
+from hal.backends import cpu, reference
 from hal.groupwise import DTYPES, address
 from hal.layout import WORDS, Parts
 from hal.plan import Weight
-from hal.registry import EMULATED, WRITTEN, Case, Kernel
+from hal.registry import EMULATED, WRITTEN, Caps, Case, Kernel
 from hal.spec import Spec
 
 NAME = "xpu"
 HOST = os.environ.get("ONEAPI_DEVICE_SELECTOR") == "opencl:cpu"
 KINDS = dict.fromkeys((NAME, *(("cpu",) if HOST else ())), EMULATED)
-FEW = 32  # rows; from more on the weight is decoded for torch's dense product
+FEW, MANY = 32, 256  # most rows of products of ours: of plain ones, of those on matrix engines
 
 
 @cache
@@ -51,6 +53,8 @@ def _find_opencl() -> None:
     for file in files:
         if file.name == "libintelocl.so":
             os.environ.setdefault("OCL_ICD_FILENAMES", os.path.realpath(str(file.locate())))
+    if cpu.probe() is None and "amx" in cpu.isas():  # not used unless it is named
+        os.environ.setdefault("CL_CONFIG_CPU_TARGET_ARCH", "sapphirerapids")
 
 
 def probe() -> str | None:
@@ -64,8 +68,17 @@ def _module() -> Any:
     return module
 
 
-#: What torch tells of the device, and torch's own operations between products.
-caps, block_ops, probes = reference.caps, reference.block_ops, reference.probes
+#: torch's own operations between products.
+block_ops, probes = reference.block_ops, reference.probes
+
+
+def caps(device: torch.device) -> Caps:
+    """What torch tells of the device, and whether it has matrix engines (``xmx``)."""
+    found = reference.caps(device)
+    module = torch.get_device_module(device)
+    known = module.get_device_properties(device) if device.type == NAME else None
+    engines = getattr(known, "has_subgroup_matrix_multiply_accumulate", False)
+    return replace(found, features=frozenset({"xmx"} if engines else ()))
 
 
 def _queue(device: torch.device) -> int:
@@ -143,6 +156,14 @@ def _qgemm_dense(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor) ->
         torch.addmm(bias.to(x.dtype), x, dense.t(), out=out)
 
 
+def _qgemm_matrix(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor) -> None:
+    """The weight rounded to the dtype of x, piece by piece, on matrix engines."""
+    m, padded = x.shape[0], F.pad(x, (0, 0, 0, -x.shape[0] % 32))
+    sums = torch.empty(len(padded), out.shape[1], dtype=torch.float32, device=x.device)
+    _bound(weight).matrix(_queue(x.device), address(padded), len(padded), address(sums))
+    out.copy_(sums[:m] if bias is None else sums[:m] + bias.float())
+
+
 def _qgemm_grouped(x: Tensor, weight: Weight, offsets: Tensor, out: Tensor) -> None:
     offsets = offsets.contiguous()
     at = (address(x), x.shape[0], address(offsets), weight.experts, address(out))
@@ -180,6 +201,17 @@ def _int4(case: Case) -> str | None:
     return _many_rows(case)
 
 
+def _matrix(case: Case) -> str | None:
+    engines = {"xmx"} if case.dtype == torch.float16 else {"xmx", "amx"}
+    if not engines & case.caps.features:
+        return f"no matrix engines for {case.dtype}"
+    if case.n % 16 or case.k % 32:
+        return f"[{case.n}, {case.k}]: wants N % 16 == 0 and K % 32 == 0"
+    return _many_rows(case) or (
+        None if case.m <= MANY else f"m > {MANY}: the dense product is faster"
+    )
+
+
 LAYOUTS = (WORDS,)
 
 KERNELS = (
@@ -187,6 +219,7 @@ KERNELS = (
     Kernel("xpu.pack", "pack", _pack, _file_layout),
     Kernel("xpu.unpack", "unpack", _unpack, _file_layout),
     Kernel("xpu.qgemm_int4", "qgemm", _qgemm_int4, _int4, "words", WRITTEN),
+    Kernel("xpu.qgemm_matrix", "qgemm", _qgemm_matrix, _matrix, "words"),
     Kernel("xpu.qgemm_dense", "qgemm", _qgemm_dense, _many_rows, "words"),
     Kernel("xpu.qgemm", "qgemm", _qgemm, layout="words"),
     Kernel("xpu.qgemm_grouped", "qgemm_grouped", _qgemm_grouped, layout="words"),

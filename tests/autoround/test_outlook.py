@@ -175,7 +175,8 @@ def test_disk_and_device(saved: Saved) -> None:
         needs(plan, recipe, 0, files=0, low_memory=False, accelerated=far) for far in (False, True)
     )
     assert here.device == 0
-    assert there.device == here.memory["block"] + here.memory["work on a block"]
+    device = ("embeddings", "block", "work on a block")
+    assert there.device == sum(here.memory[what] for what in device)
     assert there.memory["hidden states"] == here.memory["hidden states"] > 0
 
 

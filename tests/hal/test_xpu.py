@@ -3,6 +3,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from hal.registry import Caps, Case
 from hal.testing import quantized, relative_error, same, weights
 
 PARITY = Path(__file__).with_name("test_parity.py")
-GPU = Caps("xpu", "", "", frozenset(), 160, 1 << 34)
+GPU = Caps("xpu", "", "", frozenset({"xmx"}), 160, 1 << 34)
 ROWS = {row.name: row for row in xpu.KERNELS}
 
 
@@ -37,6 +38,34 @@ def test_sycl_kernels_equal_the_reference() -> None:
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
     assert int(passed[1]) >= 40
+
+
+#: One verb and one product: each compiles all kernels of its file.
+ASKS = """
+import torch, hal
+from hal.testing import quantized, weights
+w, spec = weights(16, 64, 1), hal.Spec("s4", 32)
+hal.qdq(w, hal.search(w, spec), spec)
+hal.qgemm(w.bfloat16(), hal.prepare(quantized(w, spec), dtype=torch.bfloat16))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("ocloc"), reason="needs apt-get install intel-opencl-icd")
+@pytest.mark.parametrize(("gpu", "spilled"), [("pvc", 8), ("dg2", 0)])
+def test_intels_compiler_takes_the_kernels(gpu: str, spilled: int, tmp_path: Path) -> None:
+    """Debian's, of 2022: it knows neither later GPUs nor the matrix engines of today's SPIR-V."""
+    pytest.importorskip("hal._sycl", reason="hal._sycl is not built here: make sycl")
+    env = {**os.environ, "ONEAPI_DEVICE_SELECTOR": "opencl:cpu", "SYCL_DUMP_IMAGES": "1"}
+    env |= {"HAL_BACKEND": "xpu", "SYCL_CACHE_PERSISTENT": "0"}
+    subprocess.run([sys.executable, "-c", ASKS], env=env, cwd=tmp_path, check=True)
+    images = list(tmp_path.glob("*.spv"))
+    assert len(images) == 2
+    for image in images:
+        command = ["ocloc", "compile", "-file", image, "-spirv_input", "-device", gpu]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert "Build succeeded" in done.stdout, done.stdout + done.stderr
+        assert all(int(n) <= spilled for n in re.findall(r"spilled around (\d+)", done.stdout))
 
 
 def int4_product(x: Tensor, words: Tensor, group: int, scale: Tensor, zero: Tensor) -> Tensor:
