@@ -53,7 +53,8 @@ peers: install
 
 # Kernels for Intel GPUs, run on this processor: Intel's runtime (1.4 GB), hal._sycl, its parity test.
 sycl: install
-	$(PIP) install -c constraints.txt --no-build-isolation -C cmake.define.HAL_SYCL=ON -e '.[sycl]'
+	$(PIP) install -c constraints.txt intel-sycl-rt intel-opencl-rt
+	$(PIP) install -c constraints.txt --no-build-isolation --no-deps -C cmake.define.HAL_SYCL=ON -e .
 	SYCL_CACHE_PERSISTENT=1 $(PY) -m pytest -q tests/hal/test_xpu.py
 
 sizes:
