@@ -245,7 +245,8 @@ class Pair:
         rows = self.quantized.get_input_embeddings().weight.shape[0]
         if int(found.ids.max()) >= rows:
             raise InputError(
-                f"token {int(found.ids.max())} is outside the {rows} embeddings of {self.where}; "
+                f"token {int(found.ids.max())} is outside the {rows} embeddings of {self.where} "
+                f"({found.description}); "
                 "the tokenizer or the token ids belong to another model"
             )
         return found

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _CONTENT_KEYS = ("input_ids", "messages", "conversations", "prompt", "text")
 ROW_KEYS = frozenset({*_CONTENT_KEYS, "completion", "attention_mask"})
+LARGEST = 1 << 31  # of token ids: no model has so many
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}  # the ShareGPT names
 
 Message = dict[str, Any]
@@ -178,7 +179,7 @@ def _is_id(value: Any) -> bool:
 
 
 def _checked_ids(row: Any, where: str) -> list[int]:
-    if not all(_is_id(value) and value >= 0 for value in row):
+    if not all(_is_id(value) and 0 <= value < LARGEST for value in row):
         raise _unusable(where, "holds something that is no token id")
     return [int(value) for value in row]
 

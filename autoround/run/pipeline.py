@@ -99,7 +99,7 @@ def _tokens(
     if int(tokens.ids.max()) >= rows:
         raise InputError(
             f"{streamed.checkpoint.path}: token {int(tokens.ids.max())} is outside the model's "
-            f"{rows} embeddings; "
+            f"{rows} embeddings ({tokens.description}); "
             "the tokenizer or the token ids belong to another model"
         )
     return tokens

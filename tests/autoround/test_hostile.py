@@ -86,6 +86,11 @@ def text(content: str | bytes) -> Callable[[Path], None]:
     return lambda file: file.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def ids(first: int) -> Callable[[Path], None]:
+    """Enough rows of token ids."""
+    return text((json.dumps({"input_ids": [first, *range(3, 33)]}) + "\n") * 20)
+
+
 def pipe(file: Path) -> None:
     file.unlink(missing_ok=True)
     os.mkfifo(file)
@@ -176,6 +181,8 @@ ROWS = [
     ("dataset", "rows.jsonl", terabyte, "give a part of it"),
     ("dataset", "rows.jsonl", text('{"text": "\\ud800 the cat sat on the mat"}\n' * 20),
      "surrogates not allowed"),
+    ("dataset", "ids.jsonl", ids(2**63), "no token id"),
+    ("eval dataset", "ids.jsonl", ids(320), "outside the 320 embeddings"),
     ("convert awq", "config.json", setting(quantization_config__modules_to_not_convert=3),
      "modules_to_not_convert in quant"),
     ("convert ct", "config.json", setting(quantization_config__config_groups={"g": 1}),
