@@ -29,6 +29,8 @@ SHARD_NAME = re.compile(r"[\w. +=@~-]{1,200}\.safetensors")
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 #: Settings that say how often something is there: as many names or rows there must be, too.
 COUNTS = re.compile(r"(^|_)n(um)?_(\w+_)?(layers?|experts|blocks|labels)$|^depth$")
+#: Settings that are objects, where they are there.
+TABLES = ("text_config", "rope_parameters", "rope_scaling")
 FLOATS = {"F16", "BF16", "F32", "F64"}
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2,
@@ -117,6 +119,7 @@ class Checkpoint:
                 f"{path} has no config.json: not a checkpoint; give the model directory itself"
             )
         self.config: dict[str, Any] = read_json(self.path / "config.json")
+        self._refuse_shapeless()
         _refuse_companions(self.path)
         if not quantized:
             self._refuse_quantized()
@@ -135,6 +138,17 @@ class Checkpoint:
         if not self.entries:
             raise InputError(f"{path} holds no tensors; {AGAIN}")
         self._refuse_counts()
+
+    def _refuse_shapeless(self) -> None:
+        """Tables of a config that are something else: everyone looks into them."""
+        text = self.config.get("text_config")
+        for part in (self.config, text if isinstance(text, dict) else {}):
+            for key in TABLES:
+                if not isinstance(part.get(key), dict | None):
+                    raise InputError(
+                        f"{self.path / 'config.json'}: {key} is {part[key]!r:.60}, no object; "
+                        f"{AGAIN}"
+                    )
 
     def _refuse_counts(self) -> None:
         """A config that counts more layers or experts than there can be: whoever builds a model of

@@ -168,6 +168,7 @@ ROWS = [
      "Qwen3ForCausalLM does not run with it"),
     ("eval float", "config.json", setting(num_labels=2**40), "num_labels = 1.09951e+12"),
     ("tune experts", "config.json", setting(num_experts_per_tok=5), "top_k = 5 of num_experts = 4"),
+    ("plan", "config.json", setting(text_config="x"), "text_config is 'x'"),
     ("plan", "config.json", setting(num_hidden_layers=0), "given: LlamaForCausalLM has no list"),
     ("tune tokenizer", "tokenizer.json", text(DEEP), "tokenizer.json is not readable JSON"),
     ("tune tokenizer", "tokenizer_config.json", setting(model_max_length=[1]), "tokenizer"),
