@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The group-wise verbs of a native module (csrc/group_ops.h): from tensors to addresses, sizes."""
+"""Rows that backends share: the group-wise verbs of a native module (csrc/group_ops.h), from
+tensors to addresses and sizes; and packing into file layouts by a kernel for the codes."""
 
 from collections.abc import Callable
 from functools import cache
@@ -8,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hal import codec
-from hal.layout import Parts
+from hal import codec, memory
+from hal.layout import LAYOUTS, Parts
 from hal.qtensor import Params
-from hal.registry import Kernel
+from hal.registry import Case, Kernel
 from hal.spec import Spec
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # HalFloat of csrc/hal_abi.h
@@ -100,3 +101,46 @@ def rows(
         "quantize_act": quantize_act,
     }
     return tuple(Kernel(f"{name}.{op}", op, fn) for op, fn in verbs.items())
+
+
+#: pack (True) or unpack, spec, shape, file layout, codes u8, words i32.
+Repack = Callable[[bool, Spec, tuple[int, int], str, Tensor, Tensor], None]
+PACKED = ("gptq", "gptq_raw", "stream", "awq")
+
+
+def packing(name: str, repack: Repack) -> tuple[Kernel, Kernel]:
+    """Rows of ``pack`` and ``unpack`` for a backend called ``name``, whose ``repack`` turns codes
+    into the words of every layout in `PACKED` and back.
+
+    Scales and zero points, a hundredth of the bytes, go the reference's way.
+    """
+
+    def pack(parts: Parts, spec: Spec, shape: tuple[int, int], layout: str) -> Parts:
+        codes = parts["codes"].contiguous()
+        packed = LAYOUTS[layout].pack({**parts, "codes": codes[:32, :32]}, spec)
+        dtype, words = LAYOUTS[layout].stored(spec, *shape)["qweight"]
+        packed["qweight"] = _empty(words, dtype, codes)
+        repack(True, spec, shape, layout, codes, packed["qweight"])
+        return packed
+
+    def unpack(parts: Parts, spec: Spec, shape: tuple[int, int], layout: str) -> Parts:
+        words = parts["qweight"].contiguous()
+        few = {**parts, "qweight": words[: spec.bits, : 8 * spec.bits]}
+        plain = LAYOUTS[layout].unpack(few, spec, shape)
+        plain["codes"] = _empty(shape, torch.uint8, words)
+        repack(False, spec, shape, layout, plain["codes"], words)
+        return plain
+
+    def when(case: Case) -> str | None:
+        return None if case.layout in PACKED else f"no packing of layout {case.layout} here"
+
+    return (
+        Kernel(f"{name}.pack", "pack", pack, when),
+        Kernel(f"{name}.unpack", "unpack", unpack, when),
+    )
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, beside: Tensor) -> Tensor:
+    if beside.is_cpu:
+        return memory.host(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=beside.device)

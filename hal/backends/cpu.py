@@ -101,35 +101,12 @@ def _one_pass(case: Case) -> str | None:
     return f"groups of {width} do not end at a byte" if width % 8 else None
 
 
-def _pack(parts: Parts, spec: Spec, shape: tuple[int, int], layout: str) -> Parts:
-    """Codes natively; scales and zero points, a hundredth of the bytes, as the reference does."""
-    codes = parts["codes"].contiguous()
-    packed = file_layouts.LAYOUTS[layout].pack({**parts, "codes": codes[:32, :32]}, spec)
-    dtype, words = file_layouts.LAYOUTS[layout].stored(spec, *shape)["qweight"]
-    packed["qweight"] = memory.host(words, dtype)
-    _repack(True, spec, shape, layout, codes, packed["qweight"])
-    return packed
-
-
-def _unpack(parts: Parts, spec: Spec, shape: tuple[int, int], layout: str) -> Parts:
-    words = parts["qweight"].contiguous()
-    few = {**parts, "qweight": words[: spec.bits, : 8 * spec.bits]}
-    plain = file_layouts.LAYOUTS[layout].unpack(few, spec, shape)
-    plain["codes"] = memory.host(shape, torch.uint8)
-    _repack(False, spec, shape, layout, plain["codes"], words)
-    return plain
-
-
 def _repack(
     pack: bool, spec: Spec, shape: tuple[int, int], layout: str, codes: Tensor, words: Tensor
 ) -> None:
     given = groupwise.shape(native(), spec, *shape, torch.float32)
     at = (codes.data_ptr(), words.data_ptr())
     native().repack(isa(), pack, given, FILE_LAYOUTS[layout], *at, torch.get_num_threads())
-
-
-def _file_layout(case: Case) -> str | None:
-    return None if case.layout in FILE_LAYOUTS else f"no native packing of layout {case.layout}"
 
 
 # ---- qgemm: the weight in tiles of 64 output columns (csrc/README.md)
@@ -325,8 +302,7 @@ LAYOUTS = (Layout("cpu.tiles", lambda spec, n, k: None, _tile, _untile, TILE, me
 KERNELS = (
     *groupwise.rows(NAME, native, _where),
     Kernel("cpu.round", "round", _round, _one_pass),
-    Kernel("cpu.pack", "pack", _pack, _file_layout),
-    Kernel("cpu.unpack", "unpack", _unpack, _file_layout),
+    *groupwise.packing(NAME, _repack),
     Kernel("cpu.qgemm_fast", "qgemm", _qgemm_fast, _fast, "cpu.tiles"),
     Kernel("cpu.qgemm_rounded", "qgemm", _qgemm_rounded, _many_rows, "cpu.tiles"),
     Kernel("cpu.qgemm", "qgemm", _qgemm, layout="cpu.tiles"),

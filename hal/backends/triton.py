@@ -8,8 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from hal import codec
-from hal import layout as file_layouts
+from hal import codec, groupwise
 from hal.backends import reference
 from hal.layout import Layout, Parts
 from hal.plan import Weight
@@ -100,36 +99,13 @@ def _walk(layout: str, n: int, k: int, bits: int) -> tuple[tuple[int, int, int, 
     return (k, 1, 1, n), n, False
 
 
-def _pack(parts: Parts, spec: Spec, shape: tuple[int, int], layout: str) -> Parts:
-    """Codes by the kernel; scales and zero points, a hundredth of the bytes, as the reference."""
-    codes = parts["codes"].contiguous()
-    packed = file_layouts.LAYOUTS[layout].pack({**parts, "codes": codes[:32, :32]}, spec)
-    dtype, words = file_layouts.LAYOUTS[layout].stored(spec, *shape)["qweight"]
-    packed["qweight"] = torch.empty(words, dtype=dtype, device=codes.device)
-    _repack("pack", spec, shape, layout, codes, packed["qweight"])
-    return packed
-
-
-def _unpack(parts: Parts, spec: Spec, shape: tuple[int, int], layout: str) -> Parts:
-    words = parts["qweight"].contiguous()
-    few = {**parts, "qweight": words[: spec.bits, : 8 * spec.bits]}
-    plain = file_layouts.LAYOUTS[layout].unpack(few, spec, shape)
-    plain["codes"] = torch.empty(shape, dtype=torch.uint8, device=words.device)
-    _repack("unpack", spec, shape, layout, plain["codes"], words)
-    return plain
-
-
 def _repack(
-    verb: str, spec: Spec, shape: tuple[int, int], layout: str, codes: Tensor, words: Tensor
+    pack: bool, spec: Spec, shape: tuple[int, int], layout: str, codes: Tensor, words: Tensor
 ) -> None:
     strides, rows, awq = _walk(layout, *shape, spec.bits)
     module = _import("pack")
-    getattr(module, verb)(codes, words, spec.bits, rows, module.Strides(*strides), awq)
-
-
-def _file_layout(case: Case) -> str | None:
-    known = ("gptq", "gptq_raw", "stream", "awq")
-    return None if case.layout in known else f"no packing of layout {case.layout} here"
+    verb = module.pack if pack else module.unpack
+    verb(codes, words, spec.bits, rows, module.Strides(*strides), awq)
 
 
 # ---- products: the weight in bit planes (kernels_triton/products.py)
@@ -200,8 +176,7 @@ KERNELS = (
     Kernel("triton.quantize", "quantize", _quantize),
     Kernel("triton.dequantize", "dequantize", _dequantize),
     Kernel("triton.quantize_act", "quantize_act", _quantize_act),
-    Kernel("triton.pack", "pack", _pack, _file_layout),
-    Kernel("triton.unpack", "unpack", _unpack, _file_layout),
+    *groupwise.packing(NAME, _repack),
     Kernel("triton.qgemm_dense", "qgemm", _qgemm_dense, _many_rows, "triton.planes"),
     Kernel("triton.qgemm", "qgemm", _qgemm, _groups, "triton.planes"),
     Kernel("triton.qgemm_grouped", "qgemm_grouped", _qgemm_grouped, _groups, "triton.planes"),

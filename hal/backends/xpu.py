@@ -18,10 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hal import groupwise
-from hal import layout as file_layouts
 from hal.backends import cpu, reference
 from hal.groupwise import DTYPES, address
-from hal.layout import WORDS, Parts
+from hal.layout import WORDS
 from hal.plan import Weight
 from hal.registry import EMULATED, WRITTEN, Caps, Case, Kernel
 from hal.spec import Spec
@@ -96,25 +95,6 @@ def _where(device: torch.device) -> tuple[int, int]:
     return _queue(device), _units(device)
 
 
-def _pack(parts: Parts, spec: Spec, shape: tuple[int, int], layout: str) -> Parts:
-    """Codes by the kernel; scales and zero points, a hundredth of the bytes, as the reference."""
-    codes, row = parts["codes"].contiguous(), file_layouts.LAYOUTS[layout]
-    packed = row.pack({**parts, "codes": codes[:32, :32]}, spec)
-    dtype, words = row.stored(spec, *shape)["qweight"]
-    packed["qweight"] = torch.empty(words, dtype=dtype, device=codes.device)
-    _repack(True, spec, shape, layout, codes, packed["qweight"])
-    return packed
-
-
-def _unpack(parts: Parts, spec: Spec, shape: tuple[int, int], layout: str) -> Parts:
-    words = parts["qweight"].contiguous()
-    few = {**parts, "qweight": words[: spec.bits, : 8 * spec.bits]}
-    plain = file_layouts.LAYOUTS[layout].unpack(few, spec, shape)
-    plain["codes"] = torch.empty(shape, dtype=torch.uint8, device=words.device)
-    _repack(False, spec, shape, layout, plain["codes"], words)
-    return plain
-
-
 def _repack(
     pack: bool, spec: Spec, shape: tuple[int, int], layout: str, codes: Tensor, words: Tensor
 ) -> None:
@@ -123,11 +103,6 @@ def _repack(
     of = groupwise.shape(_module(), spec, n, k, torch.float32)
     at = (address(codes), address(words), *strides)  # along a row of the weight, across
     _module().repack(_queue(codes.device), pack, awq, of, *at)
-
-
-def _file_layout(case: Case) -> str | None:
-    known = ("gptq", "gptq_raw", "stream", "awq")
-    return None if case.layout in known else f"no packing of layout {case.layout} here"
 
 
 # ---- products: the weight as rows of words (hal.layout.WORDS)
@@ -216,8 +191,7 @@ LAYOUTS = (WORDS,)
 
 KERNELS = (
     *groupwise.rows(NAME, _module, _where),
-    Kernel("xpu.pack", "pack", _pack, _file_layout),
-    Kernel("xpu.unpack", "unpack", _unpack, _file_layout),
+    *groupwise.packing(NAME, _repack),
     Kernel("xpu.qgemm_int4", "qgemm", _qgemm_int4, _int4, "words", WRITTEN),
     Kernel("xpu.qgemm_matrix", "qgemm", _qgemm_matrix, _matrix, "words"),
     Kernel("xpu.qgemm_dense", "qgemm", _qgemm_dense, _many_rows, "words"),
