@@ -43,13 +43,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("-o", "--output", type=Path, default=Path(".cache/decode"))
     o = parser.parse_args(argv)
-    model, out = str(random_model(o.output / "qwen3-0.6b")), o.output / "stream"
+    model, out = str(random_model(o.output / "qwen3-0.6b").resolve()), o.output / "stream"
     own = [str(Path(sys.executable).parent / "autoround"), "quantize", model, "--recipe", "rtn"]
     theirs = [str(o.peer_bin / "auto-round"), "--model", model, "--model_free", "--iters", "0"]
     commands = {
         "ours": [*own, "-q", "-o", str(out)],
         "ours, no imports": [sys.executable, "-c", OWN, model, str(out)],
-        "cp": ["cp", "-r", model, str(out)],
+        "cp": ["cp", "-rL", model, str(out)],
         "auto-round": [*theirs, "--scheme", "W4A16", "--output_dir", str(out)],
     }
     if not o.peer_bin.exists():
