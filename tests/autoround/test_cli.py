@@ -232,8 +232,8 @@ def test_translation(given: list[str], own: list[str]) -> None:
 def test_flags_that_change_nothing_say_so() -> None:
     given = ["M", "--low_gpu_mem_usage", "--enable-torch-compile", "--bits", "3"]
     assert notes(given) == [
-        "--low_gpu_mem_usage changes nothing: in every run a device holds one block and the batch at "
-        "work, no more",
+        "--low_gpu_mem_usage changes nothing: in every run a device holds one block and the batch "
+        "at work, no more",
         "--enable-torch-compile changes nothing: in every run rounding and "
         "products are native kernels",
     ]
