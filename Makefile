@@ -55,7 +55,7 @@ peers: install
 sycl: install
 	$(PIP) install -c constraints.txt intel-sycl-rt intel-opencl-rt
 	$(PIP) install -c constraints.txt --no-build-isolation --no-deps -C cmake.define.HAL_SYCL=ON -e .
-	SYCL_CACHE_PERSISTENT=1 $(PY) -m pytest -q tests/hal/test_xpu.py
+	SYCL_CACHE_PERSISTENT=1 $(PY) -m pytest -q -m "" tests/hal/test_xpu.py
 
 sizes:
 	@$(PYTHON) tools/sizes.py

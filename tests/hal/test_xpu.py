@@ -24,6 +24,7 @@ GPU = Caps("xpu", "", "", frozenset({"xmx"}), 160, 1 << 34)
 ROWS = {row.name: row for row in xpu.KERNELS}
 
 
+@pytest.mark.slow  # `make sycl` builds what it needs
 def test_sycl_kernels_equal_the_reference() -> None:
     """In a process of its own: a backend serves what its environment says when it is imported."""
     pytest.importorskip("hal._sycl", reason="hal._sycl is not built here: make sycl")
