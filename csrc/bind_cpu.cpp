@@ -32,40 +32,19 @@ void run(void (*fn)(const Args*, int64_t, int64_t), const Args& args, int64_t un
   hal::parallel(units, elements, threads, [&](int64_t i, int64_t end) { fn(&args, i, end); });
 }
 
-void search(int isa, int threads, const HalShape& s, Address w, Address importance,
-            Address factors, int64_t n_factors, Address amin, Address amax) {
-  const HalSearch a = search_args(s, w, importance, factors, n_factors, amin, amax);
-  run(table(isa).search, a, s.n * s.groups, s.n * s.k * (1 + n_factors), threads);
+// How often a verb goes over the weight.
+int64_t passes(const HalSearch& a) { return 1 + a.n_factors; }
+template <class Args>
+int64_t passes(const Args&) {
+  return 1;
 }
 
-void qdq(int isa, int threads, const HalShape& s, Address w, const HalParams& p, Address out) {
-  const HalQdq a = {s, at(w), p, at(out)};
-  run(table(isa).qdq, a, s.n * s.groups, s.n * s.k, threads);
-}
-
-void qdq_step(int isa, int threads, const HalShape& s, Address w, Address grad, int grad_dtype,
-              const HalParams& p, float lr_v, float lr_range) {
-  const HalStep a = {s, at(w), at(grad), grad_dtype, p, lr_v, lr_range};
-  run(table(isa).qdq_step, a, s.n * s.groups, s.n * s.k, threads);
-}
-
-void quantize(int isa, int threads, const HalShape& s, Address w, const HalParams& p, Address codes,
-              Address scale, Address zero) {
-  const HalPlain a = quantize_args(s, w, p, codes, scale, zero);
-  run(table(isa).quantize, a, s.n * s.groups, s.n * s.k, threads);
-}
-
-void dequantize(int isa, int threads, const HalShape& s, Address codes, Address scale, Address zero,
-                Address out) {
-  const HalPlain a = dequantize_args(s, codes, scale, zero, out);
-  run(table(isa).dequantize, a, s.n * s.groups, s.n * s.k, threads);
-}
-
-void quantize_act(int isa, int threads, const HalShape& s, Address x, Address codes, Address scale,
-                  bool given) {
-  const HalAct a = {s, at(x), at<int8_t>(codes), at<float>(scale), given};
-  run(table(isa).quantize_act, a, s.n * s.groups, s.n * s.k, threads);
-}
+struct Cpu {
+  template <class Args>
+  static void run(const Verb<Args>& verb, Address isa, int threads, const Args& a) {
+    ::run(table((int)isa).*verb.fn, a, a.s.n * a.s.groups, a.s.n * a.s.k * passes(a), threads);
+  }
+};
 
 void round_weights(int isa, int threads, const HalShape& s, Address w, Address words, Address scale,
            Address zero) {
@@ -243,13 +222,7 @@ struct Tiles {
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.doc() = "CPU kernels of hal: addresses and sizes in, nothing out. Checked by hal.ops.";
   m.def("isas", isas, "Instruction sets this machine can run, best first.");
-  bind_arguments(m);
-  m.def("search", search);
-  m.def("qdq", qdq);
-  m.def("qdq_step", qdq_step);
-  m.def("quantize", quantize);
-  m.def("dequantize", dequantize);
-  m.def("quantize_act", quantize_act);
+  bind_verbs<Cpu>(m);
   m.def("round", round_weights);
   m.def("repack", repack);
   m.def("probe_read", probe_read);

@@ -27,11 +27,6 @@ HalParams params(Address v, Address lo, Address hi, Address amin, Address amax) 
   return {at<float>(v), at<float>(lo), at<float>(hi), at<float>(amin), at<float>(amax)};
 }
 
-void bind_arguments(py::module_& m) {
-  py::class_<HalShape>(m, "Shape", py::module_local()).def(py::init(&shape));
-  py::class_<HalParams>(m, "Params", py::module_local()).def(py::init(&params));
-}
-
 HalSearch search_args(const HalShape& s, Address w, Address importance, Address factors,
                       int64_t n_factors, Address amin, Address amax) {
   return {s,         at(w),           at<float>(importance), at<float>(factors),
@@ -55,6 +50,53 @@ HalPlain dequantize_args(const HalShape& s, Address codes, Address scale, Addres
   HalPlain a = plain_args(s, codes, scale, zero);
   a.out = at(out);
   return a;
+}
+
+// One of the group-wise verbs, as every module knows it.
+template <class Args>
+struct Verb {
+  HalVerb verb;
+  const char* name;
+  void (*HalTable::*fn)(const Args*, int64_t, int64_t);
+};
+
+const Verb<HalSearch> SEARCH = {HAL_SEARCH, "search", &HalTable::search};
+const Verb<HalQdq> QDQ = {HAL_QDQ, "qdq", &HalTable::qdq};
+const Verb<HalStep> QDQ_STEP = {HAL_QDQ_STEP, "qdq_step", &HalTable::qdq_step};
+const Verb<HalPlain> QUANTIZE = {HAL_QUANTIZE, "quantize", &HalTable::quantize};
+const Verb<HalPlain> DEQUANTIZE = {HAL_DEQUANTIZE, "dequantize", &HalTable::dequantize};
+const Verb<HalAct> QUANTIZE_ACT = {HAL_QUANTIZE_ACT, "quantize_act", &HalTable::quantize_act};
+
+// The six verbs. `Device::run(verb, where, how, arguments)` takes the two integers that lead every
+// call: instruction set and threads, or stream and processors.
+template <class Device>
+void bind_verbs(py::module_& m) {
+  py::class_<HalShape>(m, "Shape", py::module_local()).def(py::init(&shape));
+  py::class_<HalParams>(m, "Params", py::module_local()).def(py::init(&params));
+  m.def(SEARCH.name, [](Address where, int how, const HalShape& s, Address w, Address importance,
+                        Address factors, int64_t n_factors, Address amin, Address amax) {
+    Device::run(SEARCH, where, how,
+                search_args(s, w, importance, factors, n_factors, amin, amax));
+  });
+  m.def(QDQ.name, [](Address where, int how, const HalShape& s, Address w, const HalParams& p,
+                     Address out) { Device::run(QDQ, where, how, HalQdq{s, at(w), p, at(out)}); });
+  m.def(QDQ_STEP.name, [](Address where, int how, const HalShape& s, Address w, Address grad,
+                          int grad_dtype, const HalParams& p, float lr_v, float lr_range) {
+    Device::run(QDQ_STEP, where, how, HalStep{s, at(w), at(grad), grad_dtype, p, lr_v, lr_range});
+  });
+  m.def(QUANTIZE.name, [](Address where, int how, const HalShape& s, Address w, const HalParams& p,
+                          Address codes, Address scale, Address zero) {
+    Device::run(QUANTIZE, where, how, quantize_args(s, w, p, codes, scale, zero));
+  });
+  m.def(DEQUANTIZE.name, [](Address where, int how, const HalShape& s, Address codes, Address scale,
+                            Address zero, Address out) {
+    Device::run(DEQUANTIZE, where, how, dequantize_args(s, codes, scale, zero, out));
+  });
+  m.def(QUANTIZE_ACT.name, [](Address where, int how, const HalShape& s, Address x, Address codes,
+                              Address scale, bool given) {
+    Device::run(QUANTIZE_ACT, where, how,
+                HalAct{s, at(x), at<int8_t>(codes), at<float>(scale), given});
+  });
 }
 
 }  // namespace

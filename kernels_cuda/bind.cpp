@@ -14,43 +14,12 @@ void check(int code) {
   if (code != 0) throw std::runtime_error(std::string("CUDA: ") + hal_cuda_error(code));
 }
 
-// `stream` and the processors of the device, as every verb gets them.
-template <class Args>
-void run(hal_cuda::Verb verb, Address stream, int units, const Args& a) {
-  check(hal_cuda_groups(verb, &a, a.s.n * a.s.groups, units, at(stream)));
-}
-
-void search(Address stream, int units, const HalShape& s, Address w, Address importance,
-            Address factors, int64_t n_factors, Address amin, Address amax) {
-  run(hal_cuda::SEARCH, stream, units,
-      search_args(s, w, importance, factors, n_factors, amin, amax));
-}
-
-void qdq(Address stream, int units, const HalShape& s, Address w, const HalParams& p, Address out) {
-  run(hal_cuda::QDQ, stream, units, HalQdq{s, at(w), p, at(out)});
-}
-
-void qdq_step(Address stream, int units, const HalShape& s, Address w, Address grad, int grad_dtype,
-              const HalParams& p, float lr_v, float lr_range) {
-  run(hal_cuda::QDQ_STEP, stream, units,
-      HalStep{s, at(w), at(grad), grad_dtype, p, lr_v, lr_range});
-}
-
-void quantize(Address stream, int units, const HalShape& s, Address w, const HalParams& p,
-              Address codes, Address scale, Address zero) {
-  run(hal_cuda::QUANTIZE, stream, units, quantize_args(s, w, p, codes, scale, zero));
-}
-
-void dequantize(Address stream, int units, const HalShape& s, Address codes, Address scale,
-                Address zero, Address out) {
-  run(hal_cuda::DEQUANTIZE, stream, units, dequantize_args(s, codes, scale, zero, out));
-}
-
-void quantize_act(Address stream, int units, const HalShape& s, Address x, Address codes,
-                  Address scale, bool given) {
-  run(hal_cuda::QUANTIZE_ACT, stream, units,
-      HalAct{s, at(x), at<int8_t>(codes), at<float>(scale), given});
-}
+struct Cuda {
+  template <class Args>
+  static void run(const Verb<Args>& verb, Address stream, int units, const Args& a) {
+    check(hal_cuda_groups(verb.verb, &a, a.s.n * a.s.groups, units, at(stream)));
+  }
+};
 
 // Holds addresses only; whoever makes one keeps the tensors alive.
 struct Weight {
@@ -107,13 +76,7 @@ struct Weight {
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
-  bind_arguments(m);
-  m.def("search", search);
-  m.def("qdq", qdq);
-  m.def("qdq_step", qdq_step);
-  m.def("quantize", quantize);
-  m.def("dequantize", dequantize);
-  m.def("quantize_act", quantize_act);
+  bind_verbs<Cuda>(m);
   py::class_<Weight>(m, "Weight")
       .def(py::init<Address, Address, Address, int, int, int, int, int, int, int, int, int>())
       .def("product", &Weight::product)

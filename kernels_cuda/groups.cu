@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(TEAM* TEAMS, 1)
 // 16 groups share the arithmetic of their scales, one a lane; but a device wants 128 teams for each of
 // its processors first. Verbs without such arithmetic take a group a team.
 inline int groups_of_team(int verb, int64_t count, int units) {
-  if (verb == SEARCH || verb == QUANTIZE_ACT) return 1;
+  if (verb == HAL_SEARCH || verb == HAL_QUANTIZE_ACT) return 1;
   int per = 16;
   while (per > 1 && count < (int64_t)units * 128 * per) per /= 2;
   return per;
@@ -39,11 +39,11 @@ int hal_cuda_groups(int verb, const void* args, int64_t count, int units, void* 
   using namespace hal_cuda;
   const auto s = static_cast<cudaStream_t>(stream);
   switch (verb) {
-    case SEARCH: return launch<SEARCH, HalSearch>(args, count, units, s);
-    case QDQ: return launch<QDQ, HalQdq>(args, count, units, s);
-    case QDQ_STEP: return launch<QDQ_STEP, HalStep>(args, count, units, s);
-    case QUANTIZE: return launch<QUANTIZE, HalPlain>(args, count, units, s);
-    case DEQUANTIZE: return launch<DEQUANTIZE, HalPlain>(args, count, units, s);
-    default: return launch<QUANTIZE_ACT, HalAct>(args, count, units, s);
+    case HAL_SEARCH: return launch<HAL_SEARCH, HalSearch>(args, count, units, s);
+    case HAL_QDQ: return launch<HAL_QDQ, HalQdq>(args, count, units, s);
+    case HAL_QDQ_STEP: return launch<HAL_QDQ_STEP, HalStep>(args, count, units, s);
+    case HAL_QUANTIZE: return launch<HAL_QUANTIZE, HalPlain>(args, count, units, s);
+    case HAL_DEQUANTIZE: return launch<HAL_DEQUANTIZE, HalPlain>(args, count, units, s);
+    default: return launch<HAL_QUANTIZE_ACT, HalAct>(args, count, units, s);
   }
 }

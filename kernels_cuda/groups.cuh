@@ -17,12 +17,12 @@ HAL_DEVICE void groups(const Args& a, int64_t count, int per) {
   const int64_t from = ((int64_t)blockIdx.x * TEAMS + threadIdx.x / TEAM) * per;
   const int64_t end = from + per < count ? from + per : count;
   if (from >= end) return;
-  if constexpr (VERB == SEARCH) search_groups(&a, from, end);
-  if constexpr (VERB == QDQ) qdq_groups(&a, from, end);
-  if constexpr (VERB == QDQ_STEP) step_groups(&a, from, end);
-  if constexpr (VERB == QUANTIZE) quantize_groups(&a, from, end);
-  if constexpr (VERB == DEQUANTIZE) dequantize_groups(&a, from, end);
-  if constexpr (VERB == QUANTIZE_ACT) quantize_act_groups(&a, from, end);
+  if constexpr (VERB == HAL_SEARCH) search_groups(&a, from, end);
+  if constexpr (VERB == HAL_QDQ) qdq_groups(&a, from, end);
+  if constexpr (VERB == HAL_QDQ_STEP) step_groups(&a, from, end);
+  if constexpr (VERB == HAL_QUANTIZE) quantize_groups(&a, from, end);
+  if constexpr (VERB == HAL_DEQUANTIZE) dequantize_groups(&a, from, end);
+  if constexpr (VERB == HAL_QUANTIZE_ACT) quantize_act_groups(&a, from, end);
 }
 
 }  // namespace hal_cuda

@@ -119,43 +119,16 @@ int groups_of_team(bool alone, int64_t count, int units) {
   return per;
 }
 
-// A verb on a queue of a device with `units` processors.
-template <class Args>
-void run(const char* verb, Address queue, int units, const Args& a, bool alone = false) {
-  const int64_t count = a.s.n * a.s.groups;
-  const int per = groups_of_team(alone, count, units);
-  Queue(queue).launch(verb, {0, 0, false}, (count + per - 1) / per * TEAM, a, per);
-}
-
-void search(Address queue, int units, const HalShape& s, Address w, Address importance,
-            Address factors, int64_t n_factors, Address amin, Address amax) {
-  run("search", queue, units, search_args(s, w, importance, factors, n_factors, amin, amax), true);
-}
-
-void qdq(Address queue, int units, const HalShape& s, Address w, const HalParams& p, Address out) {
-  run("qdq", queue, units, HalQdq{s, at(w), p, at(out)});
-}
-
-void qdq_step(Address queue, int units, const HalShape& s, Address w, Address grad, int grad_dtype,
-              const HalParams& p, float lr_v, float lr_range) {
-  run("qdq_step", queue, units, HalStep{s, at(w), at(grad), grad_dtype, p, lr_v, lr_range});
-}
-
-void quantize(Address queue, int units, const HalShape& s, Address w, const HalParams& p,
-              Address codes, Address scale, Address zero) {
-  run("quantize", queue, units, quantize_args(s, w, p, codes, scale, zero));
-}
-
-void dequantize(Address queue, int units, const HalShape& s, Address codes, Address scale,
-                Address zero, Address out) {
-  run("dequantize", queue, units, dequantize_args(s, codes, scale, zero, out));
-}
-
-void quantize_act(Address queue, int units, const HalShape& s, Address x, Address codes,
-                  Address scale, bool given) {
-  const HalAct a = {s, at(x), at<int8_t>(codes), at<float>(scale), given};
-  run("quantize_act", queue, units, a, true);
-}
+// On a queue of a device with `units` processors.
+struct Sycl {
+  template <class Args>
+  static void run(const Verb<Args>& verb, Address queue, int units, const Args& a) {
+    const int64_t count = a.s.n * a.s.groups;
+    const bool alone = verb.verb == HAL_SEARCH || verb.verb == HAL_QUANTIZE_ACT;
+    const int per = groups_of_team(alone, count, units);
+    Queue(queue).launch(verb.name, {0, 0, false}, (count + per - 1) / per * TEAM, a, per);
+  }
+};
 
 // `awq`: its order of rows; `along` is then from a column of the weight to its next.
 void repack(Address queue, bool pack, bool awq, const HalShape& s, Address codes, Address words,
@@ -228,13 +201,7 @@ struct Words {
 }  // namespace
 
 PYBIND11_MODULE(_sycl, m) {
-  bind_arguments(m);
-  m.def("search", search);
-  m.def("qdq", qdq);
-  m.def("qdq_step", qdq_step);
-  m.def("quantize", quantize);
-  m.def("dequantize", dequantize);
-  m.def("quantize_act", quantize_act);
+  bind_verbs<Sycl>(m);
   m.def("repack", repack);
   py::class_<Words>(m, "Words")
       .def(py::init<const HalShape&, Address, Address, Address>())

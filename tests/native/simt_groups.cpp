@@ -18,11 +18,11 @@ int launch(const void* args, int64_t count) {
 
 int hal_cuda_groups(int verb, const void* args, int64_t count, int, void*) {
   switch (verb) {
-    case SEARCH: return launch<SEARCH, HalSearch>(args, count);
-    case QDQ: return launch<QDQ, HalQdq>(args, count);
-    case QDQ_STEP: return launch<QDQ_STEP, HalStep>(args, count);
-    case QUANTIZE: return launch<QUANTIZE, HalPlain>(args, count);
-    case DEQUANTIZE: return launch<DEQUANTIZE, HalPlain>(args, count);
-    default: return launch<QUANTIZE_ACT, HalAct>(args, count);
+    case HAL_SEARCH: return launch<HAL_SEARCH, HalSearch>(args, count);
+    case HAL_QDQ: return launch<HAL_QDQ, HalQdq>(args, count);
+    case HAL_QDQ_STEP: return launch<HAL_QDQ_STEP, HalStep>(args, count);
+    case HAL_QUANTIZE: return launch<HAL_QUANTIZE, HalPlain>(args, count);
+    case HAL_DEQUANTIZE: return launch<HAL_DEQUANTIZE, HalPlain>(args, count);
+    default: return launch<HAL_QUANTIZE_ACT, HalAct>(args, count);
   }
 }
