@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `autoround` command. Everything heavy is imported inside the commands: help is instant."""
 
+import gc
+import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -12,7 +14,7 @@ from autoround.cli.files import convert, export, verify
 from autoround.cli.lists import listing
 from autoround.cli.models import evaluate, generate, report
 from autoround.cli.quantize import plan, quantize
-from autoround.cli.words import Failed, Stopped, noted
+from autoround.cli.words import Failed, Stopped, Terminated, noted, stoppable
 from autoround.errors import InputError
 from autoround.version import VERSION
 
@@ -39,7 +41,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for _name, _function in COMMANDS.items():
-    app.command(_name)(_function)
+    app.command(_name)(stoppable()(_function))
 
 
 def _version(show: bool) -> None:
@@ -58,12 +60,26 @@ def _root(
 
 
 def main() -> None:
-    """Entry point: an error is one line on stderr; exit code 2 = the input's, 1 = ours."""
-    run(sys.argv[1:])
+    """Entry point: an error is one line on stderr; exit code 2 = the input's, 1 = ours.
+
+    A signal counts until the command has ended; from there on the exit code tells of the command.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    gc.set_threshold(20_000)  # what torch and transformers are made of stays: less looked through
+    try:
+        run(sys.argv[1:])
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        gc.freeze()  # or its end looks through all of them once more: half a second
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
 
 
 def run(arguments: list[str]) -> None:
-    """Run the command line; exits the process."""
+    """Run the command line; raises SystemExit with a number."""
     try:
         app(arguments)
     except InputError as error:
@@ -76,10 +92,6 @@ def run(arguments: list[str]) -> None:
         from autoround.run.failure import unexpected
 
         fail(unexpected(error, arguments), 1)
-    except SystemExit as end:  # typer turns ctrl-C into this code without a word
-        if end.code == 130:
-            fail("stopped; nothing was left behind", 130)
-        raise
 
 
 def fail(message: str, code: int) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autoround.cli.words import Failed, Json, console, noted, option, say, stoppable
+from autoround.cli.words import Failed, Json, console, noted, option, say
 from autoround.errors import InputError
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ def quantize(
     log.say(_started(job), ready=False)
     forecast = Forecast(job.recipe, job.source(), job.output, (log, *lines))
     try:
-        with stoppable(), Terminal(out, job.recipe.iters, job.output) as terminal:
+        with Terminal(out, job.recipe.iters, job.output) as terminal:
             run = _run(job, together(log, recorder, *lines, forecast, terminal), out)
     except InputError as error:
         for listener in lines:

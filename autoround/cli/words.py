@@ -4,7 +4,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from signal import SIGINT, SIGTERM, signal
+from signal import SIGINT, SIGTERM
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,28 +15,21 @@ if TYPE_CHECKING:
     from autoround.verify import Verdict
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a run as ctrl-C does."""
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as ctrl-C does."""
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
     """Ctrl-C and SIGTERM become `Stopped`, with what a run says of what it leaves."""
-
-    def terminate(*_: object) -> None:
-        raise _Terminated
-
-    before = signal(SIGTERM, terminate)
     try:
         yield
     except KeyboardInterrupt as stop:
-        number = SIGTERM if isinstance(stop, _Terminated) else SIGINT
+        number = SIGTERM if isinstance(stop, Terminated) else SIGINT
         message = noted("stopped", stop)
         if message == "stopped":
             message = "stopped; nothing was left behind"
         raise Stopped(message, number) from None
-    finally:
-        signal(SIGTERM, before)
 
 
 def noted(message: str, error: BaseException) -> str:
@@ -56,7 +49,7 @@ class Failed(Exception):
 
 
 class Stopped(BaseException):
-    """A run was told to stop by a signal, no error: what is left of it, and the exit code."""
+    """A command was told to stop by a signal, no error: what is left of it, and the exit code."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)

@@ -70,8 +70,8 @@ def _child(wanted: dict[str, Any], counter: int) -> None:
             kind = getattr(resource, name)
             resource.setrlimit(kind, (limit, resource.getrlimit(kind)[1]))
         _watched(wanted.get("fault"), counter)
-        cli.run(wanted["arguments"])
-        code = 0
+        sys.argv = ["autoround", *wanted["arguments"]]
+        cli.main()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(bool(end.code))
     finally:

@@ -185,7 +185,7 @@ def test_interrupted(
 
     monkeypatch.setattr("autoround.run.stream._Rounding.all", stop)
     assert here("quantize", str(llama), "-o", str(tmp_path / "out"), "--iters", "0") == 130
-    assert "error: stopped" in capsys.readouterr().err
+    assert "error: stopped; nothing was left behind" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
