@@ -249,6 +249,18 @@ def quantize(
     if dry_run:
         _foresee(job, {}, json_output)
         return
+    from autoround.run.directory import finished
+
+    try:
+        _quantize(job, quiet, json_output)
+    except KeyboardInterrupt as stop:  # a run that was on its way has said what it leaves
+        if finished(job.output):
+            stop.add_note(f"{job.output} is written")
+        raise
+
+
+def _quantize(job: Job, quiet: bool, json_output: bool) -> None:
+    """The run and what is said of it."""
     from autoround.cli.tables import summary
     from autoround.cli.terminal import Terminal
     from autoround.run.events import together

@@ -26,10 +26,7 @@ def stoppable() -> Iterator[None]:
         yield
     except KeyboardInterrupt as stop:
         number = SIGTERM if isinstance(stop, Terminated) else SIGINT
-        message = noted("stopped", stop)
-        if message == "stopped":
-            message = "stopped; nothing was left behind"
-        raise Stopped(message, number) from None
+        raise Stopped(noted("stopped", stop), number) from None
 
 
 def noted(message: str, error: BaseException) -> str:

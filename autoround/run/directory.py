@@ -62,7 +62,7 @@ def claim(output: Path, *, fresh: bool = False) -> Iterator[Journal]:
     begins. Raises InputError for a directory that holds anything else, cannot be written, or is
     being written to by another run.
     """
-    begun, record = (output / HOME / RUN).is_file(), _finished(output)
+    begun, record = (output / HOME / RUN).is_file(), finished(output)
     if record is not None and not fresh:
         shutil.rmtree(output / HOME, ignore_errors=True)  # left where a run ended at its very end
         yield Journal(output, record=record)
@@ -84,14 +84,19 @@ def claim(output: Path, *, fresh: bool = False) -> Iterator[Journal]:
                 raise raised from error.__cause__ if raised is error else error
             if journal.begun or not (begun or record):
                 _take_away(output, made)
-            elif record:
-                shutil.rmtree(journal.directory)
+                left = "nothing was left behind"
+            else:
+                left = f"what is in {output} stays"
+                if record:
+                    shutil.rmtree(journal.directory)
+            if isinstance(error, KeyboardInterrupt):
+                error.add_note(left)
             if isinstance(error, OSError):
                 raise _stopped(output, error) from error
             raise
 
 
-def _finished(output: Path) -> dict[str, Any] | None:
+def finished(output: Path) -> dict[str, Any] | None:
     """The record of a finished run."""
     own = output / CANONICAL.name
     if (output / HOME / RUN).is_file() or not (own / "config.json").is_file():
