@@ -11,9 +11,9 @@ find_path(SYCL_INCLUDE sycl/sycl.hpp HINTS ${HAL_SYCL_ROOT}/include REQUIRED NO_
 find_library(SYCL_LIBRARY sycl HINTS ${HAL_SYCL_ROOT}/lib REQUIRED NO_CACHE)
 
 set(HAL_SYCL_SOURCES
-  csrc/hal_abi.h csrc/floats.h csrc/team.h csrc/group_ops.h kernels_sycl/device.hpp
-  kernels_sycl/products.h kernels_sycl/weight.hpp kernels_sycl/groups.cpp kernels_sycl/products.cpp
-  kernels_sycl/matrix.cpp)
+  csrc/hal_abi.h csrc/floats.h csrc/team.h csrc/group_ops.h csrc/round_ops.h
+  kernels_sycl/device.hpp kernels_sycl/products.h kernels_sycl/weight.hpp kernels_sycl/groups.cpp
+  kernels_sycl/products.cpp kernels_sycl/matrix.cpp)
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${HAL_SYCL_SOURCES})
 set(embedded "")
 foreach(source ${HAL_SYCL_SOURCES})

@@ -46,12 +46,6 @@ struct Cpu {
   }
 };
 
-void round_weights(int isa, int threads, const HalShape& s, Address w, Address words, Address scale,
-           Address zero) {
-  const HalRound a = {s, at(w), at<uint8_t>(words), at(scale), at<uint8_t>(zero)};
-  run(table(isa).round, a, s.n * s.groups, s.n * s.k, threads);
-}
-
 void repack(int isa, bool pack, const HalShape& s, int layout, Address codes, Address words,
             int threads) {
   const HalRepack a = {s, layout, at<uint8_t>(codes), at<uint32_t>(words)};
@@ -223,7 +217,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.doc() = "CPU kernels of hal: addresses and sizes in, nothing out. Checked by hal.ops.";
   m.def("isas", isas, "Instruction sets this machine can run, best first.");
   bind_verbs<Cpu>(m);
-  m.def("round", round_weights);
   m.def("repack", repack);
   m.def("probe_read", probe_read);
   m.def("probe_peak", probe_peak);

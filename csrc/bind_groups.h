@@ -52,6 +52,10 @@ HalPlain dequantize_args(const HalShape& s, Address codes, Address scale, Addres
   return a;
 }
 
+HalRound round_args(const HalShape& s, Address w, Address words, Address scale, Address zero) {
+  return {s, at(w), at<uint8_t>(words), at(scale), at<uint8_t>(zero)};
+}
+
 // One of the group-wise verbs, as every module knows it.
 template <class Args>
 struct Verb {
@@ -66,8 +70,9 @@ const Verb<HalStep> QDQ_STEP = {HAL_QDQ_STEP, "qdq_step", &HalTable::qdq_step};
 const Verb<HalPlain> QUANTIZE = {HAL_QUANTIZE, "quantize", &HalTable::quantize};
 const Verb<HalPlain> DEQUANTIZE = {HAL_DEQUANTIZE, "dequantize", &HalTable::dequantize};
 const Verb<HalAct> QUANTIZE_ACT = {HAL_QUANTIZE_ACT, "quantize_act", &HalTable::quantize_act};
+const Verb<HalRound> ROUND = {HAL_ROUND, "round", &HalTable::round};
 
-// The six verbs. `Device::run(verb, where, how, arguments)` takes the two integers that lead every
+// The seven verbs. `Device::run(verb, where, how, arguments)` takes the two integers that lead every
 // call: instruction set and threads, or stream and processors.
 template <class Device>
 void bind_verbs(py::module_& m) {
@@ -96,6 +101,10 @@ void bind_verbs(py::module_& m) {
                               Address scale, bool given) {
     Device::run(QUANTIZE_ACT, where, how,
                 HalAct{s, at(x), at<int8_t>(codes), at<float>(scale), given});
+  });
+  m.def(ROUND.name, [](Address where, int how, const HalShape& s, Address w, Address words,
+                       Address scale, Address zero) {
+    Device::run(ROUND, where, how, round_args(s, w, words, scale, zero));
   });
 }
 

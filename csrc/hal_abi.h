@@ -10,7 +10,7 @@
 enum HalFloat { HAL_F32 = 0, HAL_BF16 = 1, HAL_F16 = 2 };
 // The group-wise verbs.
 enum HalVerb {
-  HAL_SEARCH, HAL_QDQ, HAL_QDQ_STEP, HAL_QUANTIZE, HAL_DEQUANTIZE, HAL_QUANTIZE_ACT
+  HAL_SEARCH, HAL_QDQ, HAL_QDQ_STEP, HAL_QUANTIZE, HAL_DEQUANTIZE, HAL_QUANTIZE_ACT, HAL_ROUND
 };
 enum HalLayout { HAL_GPTQ = 0, HAL_AWQ = 1, HAL_STREAM = 2 };
 // How to multiply: codes as they are; with activations as s8 codes per group of the weight; with the

@@ -7,9 +7,37 @@
 // Columns are a multiple of 32 and groups of 8, so that every group begins and ends at a byte.
 #pragma once
 #include "group_ops.h"
+#ifndef HAL_TEAM
 #include "pack_ops.h"
+#endif
 
 namespace {
+
+#ifdef HAL_TEAM
+
+// 16 codes, MAGIC + code each, to 2 * bits bytes: byte i is lane i's, who asks the lanes that have
+// its codes one after the other.
+HAL_INLINE void put_codes(vf codes, int64_t n, int bits, uint8_t* out) {
+  const int bit = 8 * team_lane(), most = (6 + 2 * bits) / bits;
+  uint32_t byte = 0;
+  for (int i = bit / bits, end = i + most; i < end; i++) {
+    const uint32_t code = bits_as<uint32_t>(team_at(codes.own, i & 15)) & 0xff;
+    const int place = i * bits - bit;
+    if (i < 16) byte |= place < 0 ? code >> -place : code << place;
+  }
+  if (bit < (n < 16 ? (int)n : 16) * bits) out[team_lane()] = (uint8_t)byte;
+}
+
+// One group of n weights to n / 8 * bits bytes.
+template <int F>
+HAL_INLINE void round_group(const Stored<F>* w, int64_t n, const Grid& grid, int bits, uint8_t* out) {
+  each_level<F>(w, nullptr, n, grid, [&](int64_t i, vf level, int64_t left)
+                                        __attribute__((always_inline)) {
+    put_codes(add(level, grid.zero), left, bits, out + i / 8 * bits);
+  });
+}
+
+#else
 
 // Codes, 8 a time, to B bytes each.
 template <int B>
@@ -37,6 +65,8 @@ HAL_INLINE void round_group(const Stored<F>* w, int64_t n, const Grid& grid, int
     });
   }
 }
+
+#endif
 
 // The ranges of up to 16 groups, one a lane.
 struct Ranges {
@@ -256,7 +286,7 @@ HAL_INLINE void round_batch(const HalRound& a, int64_t first, int64_t count) {
   });
 }
 
-static void round_groups(const HalRound* a, int64_t from, int64_t end) {
+HAL_VERB void round_groups(const HalRound* a, int64_t from, int64_t end) {
   by_dtype(a->s.dtype, [&](auto dtype) __attribute__((always_inline)) {
     each_batch(from, end, [&](int64_t first, int64_t count) __attribute__((always_inline)) {
       round_batch<decltype(dtype)::value>(*a, first, count);

@@ -10,6 +10,7 @@
 #include "floats.h"
 
 #define HAL_FMA 1
+#define HAL_LEVEL (-1)  // below those of vec.h: no CPU
 
 namespace {
 

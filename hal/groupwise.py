@@ -44,7 +44,7 @@ def _factors(grid: int, device: torch.device) -> Tensor:
 def rows(
     name: str, native: Callable[[], Any], where: Callable[[torch.device], tuple[int, int]]
 ) -> tuple[Kernel, ...]:
-    """Rows of the six verbs for a backend called ``name``.
+    """Rows of the seven verbs for a backend called ``name``.
 
     ``native``: its module. ``where``: the two integers that tell the module how to run on a device,
     the first arguments of each of its functions.
@@ -92,6 +92,14 @@ def rows(
         native().quantize_act(*where(x.device), given, *at, not calculated)
         return codes, scale
 
+    def round_(w: Tensor, spec: Spec, layout: str) -> Parts:
+        stored = LAYOUTS[layout].stored(spec, *w.shape)
+        parts = {part: _empty(size, dtype, w) for part, (dtype, size) in stored.items()}
+        at = (parts["qweight"], parts["scale"], parts.get("zero"))
+        given = shape(native(), spec, *w.shape, w.dtype)
+        native().round(*where(w.device), given, address(w), *map(address, at))
+        return parts
+
     verbs: dict[str, Callable[..., Any]] = {
         "search": search,
         "qdq": qdq,
@@ -100,7 +108,15 @@ def rows(
         "dequantize": dequantize,
         "quantize_act": quantize_act,
     }
-    return tuple(Kernel(f"{name}.{op}", op, fn) for op, fn in verbs.items())
+    found = tuple(Kernel(f"{name}.{op}", op, fn) for op, fn in verbs.items())
+    return (*found, Kernel(f"{name}.round", "round", round_, _one_pass))
+
+
+def _one_pass(case: Case) -> str | None:
+    if case.layout != "stream":
+        return f"layout {case.layout} is made in steps; stream in one"
+    width = case.spec.width(case.k)
+    return f"groups of {width} do not end at a byte" if width % 8 else None
 
 
 #: pack (True) or unpack, spec, shape, file layout, codes u8, words i32.

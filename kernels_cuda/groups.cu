@@ -44,6 +44,7 @@ int hal_cuda_groups(int verb, const void* args, int64_t count, int units, void* 
     case HAL_QDQ_STEP: return launch<HAL_QDQ_STEP, HalStep>(args, count, units, s);
     case HAL_QUANTIZE: return launch<HAL_QUANTIZE, HalPlain>(args, count, units, s);
     case HAL_DEQUANTIZE: return launch<HAL_DEQUANTIZE, HalPlain>(args, count, units, s);
+    case HAL_ROUND: return launch<HAL_ROUND, HalRound>(args, count, units, s);
     default: return launch<HAL_QUANTIZE_ACT, HalAct>(args, count, units, s);
   }
 }

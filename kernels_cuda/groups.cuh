@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The group-wise verbs: the bodies of csrc/group_ops.h, whose 16 lanes are half a warp.
+// The group-wise verbs: the bodies of csrc/group_ops.h and round_ops.h, whose 16 lanes are half a warp.
 #pragma once
 #define HAL_TEAM
 #include "device.cuh"
 
-#include "../csrc/group_ops.h"
+#include "../csrc/round_ops.h"
 #include "groups.h"
 
 namespace hal_cuda {
@@ -23,6 +23,7 @@ HAL_DEVICE void groups(const Args& a, int64_t count, int per) {
   if constexpr (VERB == HAL_QUANTIZE) quantize_groups(&a, from, end);
   if constexpr (VERB == HAL_DEQUANTIZE) dequantize_groups(&a, from, end);
   if constexpr (VERB == HAL_QUANTIZE_ACT) quantize_act_groups(&a, from, end);
+  if constexpr (VERB == HAL_ROUND) round_groups(&a, from, end);
 }
 
 }  // namespace hal_cuda

@@ -3,6 +3,6 @@
 #pragma once
 #include <stdint.h>
 
-// `verb`: HalVerb. `args`: HalSearch, HalQdq, HalStep, HalPlain (both directions) or HalAct. `count`:
-// groups of the matrix; `units`: processors of the device. Returns a cudaError_t.
+// `verb`: HalVerb. `args`: HalSearch, HalQdq, HalStep, HalPlain (both directions), HalAct or HalRound.
+// `count`: groups of the matrix; `units`: processors of the device. Returns a cudaError_t.
 extern "C" int hal_cuda_groups(int verb, const void* args, int64_t count, int units, void* stream);

@@ -44,8 +44,8 @@ Bundle compiled(const sycl::context& context, Kind kind) {
   for (const Source& s : SOURCES) headers.add(s.name, s.text);
   const std::vector<std::string> any = {"hal_search",   "hal_qdq",        "hal_qdq_step",
                                         "hal_quantize", "hal_dequantize", "hal_quantize_act",
-                                        "hal_pack",     "hal_unpack",     "hal_pack_awq",
-                                        "hal_unpack_awq"};
+                                        "hal_round",    "hal_pack",       "hal_unpack",
+                                        "hal_pack_awq", "hal_unpack_awq"};
   const std::vector<std::string> products = {"hal_product", "hal_decode"}, matrix = {"hal_matrix"};
   std::string main = text_of(kind.matrix ? "matrix.cpp" : kind.bits ? "products.cpp" : "groups.cpp");
   if (kind.bits) {

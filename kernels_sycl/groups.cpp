@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The group-wise verbs: csrc/group_ops.h. And codes to the words of file layouts, and back.
+// The group-wise verbs: csrc/group_ops.h, round_ops.h. And codes to the words of file layouts, and back.
 #include "device.hpp"
-#include "group_ops.h"
+#include "round_ops.h"
 #include "products.h"
 
 // Every team has `per` groups in a row.
@@ -17,6 +17,7 @@ HAL_GROUPS(qdq_step, HalStep, step_groups)
 HAL_GROUPS(quantize, HalPlain, quantize_groups)
 HAL_GROUPS(dequantize, HalPlain, dequantize_groups)
 HAL_GROUPS(quantize_act, HalAct, quantize_act_groups)
+HAL_GROUPS(round, HalRound, round_groups)
 
 // A work-item to every 32 codes of a weight: `bits` words.
 HAL_KERNEL hal_pack(HalWords a) {

@@ -84,23 +84,6 @@ def _where(device: torch.device) -> tuple[int, int]:
     return isa(), torch.get_num_threads()
 
 
-def _round(w: Tensor, spec: Spec, layout: str) -> Parts:
-    """Search, quantize and pack in one pass over the weight."""
-    stored = file_layouts.LAYOUTS[layout].stored(spec, *w.shape)
-    parts = {name: memory.host(shape, dtype) for name, (dtype, shape) in stored.items()}
-    at = (parts["qweight"], parts["scale"], parts.get("zero"))
-    given = groupwise.shape(native(), spec, *w.shape, w.dtype)
-    native().round(*_where(w.device), given, w.data_ptr(), *map(groupwise.address, at))
-    return parts
-
-
-def _one_pass(case: Case) -> str | None:
-    if case.layout != "stream":
-        return f"layout {case.layout} is made in steps; stream in one"
-    width = case.spec.width(case.k)
-    return f"groups of {width} do not end at a byte" if width % 8 else None
-
-
 def _repack(
     pack: bool, spec: Spec, shape: tuple[int, int], layout: str, codes: Tensor, words: Tensor
 ) -> None:
@@ -301,7 +284,6 @@ LAYOUTS = (Layout("cpu.tiles", lambda spec, n, k: None, _tile, _untile, TILE, me
 
 KERNELS = (
     *groupwise.rows(NAME, native, _where),
-    Kernel("cpu.round", "round", _round, _one_pass),
     *groupwise.packing(NAME, _repack),
     Kernel("cpu.qgemm_fast", "qgemm", _qgemm_fast, _fast, "cpu.tiles"),
     Kernel("cpu.qgemm_rounded", "qgemm", _qgemm_rounded, _many_rows, "cpu.tiles"),

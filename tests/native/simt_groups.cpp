@@ -23,6 +23,7 @@ int hal_cuda_groups(int verb, const void* args, int64_t count, int, void*) {
     case HAL_QDQ_STEP: return launch<HAL_QDQ_STEP, HalStep>(args, count);
     case HAL_QUANTIZE: return launch<HAL_QUANTIZE, HalPlain>(args, count);
     case HAL_DEQUANTIZE: return launch<HAL_DEQUANTIZE, HalPlain>(args, count);
+    case HAL_ROUND: return launch<HAL_ROUND, HalRound>(args, count);
     default: return launch<HAL_QUANTIZE_ACT, HalAct>(args, count);
   }
 }
