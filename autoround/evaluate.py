@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from autoround.calib import TokenSet, load_tokens, pack
+from autoround.calib import TokenSet, pack, tokens_for
 from autoround.checkpoint import DTYPES, Checkpoint, resolve
 from autoround.errors import InputError, about, blamed
 from autoround.floats import (
@@ -237,19 +237,11 @@ class Pair:
 
     def text(self, dataset: str | None, nsamples: int, seqlen: int) -> TokenSet:
         """Tokens of the held-out text, or of a dataset. InputError for ids the model has not."""
-        limit = getattr(self.quantized.config.get_text_config(), "max_position_embeddings", seqlen)
         given = pack.heldout() if dataset is None else dataset
-        found = load_tokens(
-            given, self.tokenizer, nsamples=nsamples, seqlen=min(seqlen, limit), seed=0
-        )
-        rows = self.quantized.get_input_embeddings().weight.shape[0]
-        if int(found.ids.max()) >= rows:
-            raise InputError(
-                f"token {int(found.ids.max())} is outside the {rows} embeddings of {self.where} "
-                f"({found.description}); "
-                "the tokenizer or the token ids belong to another model"
-            )
-        return found
+        return tokens_for(
+            self.quantized, self.tokenizer, given,
+            nsamples=nsamples, seqlen=seqlen, seed=0,
+        )  # fmt: skip
 
     def floats(self, text: TokenSet) -> Floats:
         """What the float model says of the text, from the cache where it was asked before."""

@@ -5,6 +5,13 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# The same examples every time, however busy the machine is.
+settings.register_profile(
+    "autoround", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("autoround")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from autoround.cli.words import Compute, Device, Json, Products, console, option
+from autoround.cli.words import Compute, Device, Json, Products, console, option, spelled
 
 
 def evaluate(
@@ -68,7 +68,7 @@ def generate(
     model: Annotated[str, typer.Argument(help="Directory of a model, quantized or not.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from stdin.")],
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "--max_new_tokens", min=1, help="At most so many.")
+        int, typer.Option(*spelled("--max-new-tokens"), min=1, help="At most so many.")
     ] = 128,
     compute: Products = Compute.exact,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,

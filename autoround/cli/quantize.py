@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autoround.cli.words import Failed, Json, console, noted, option, say
+from autoround.cli.words import Failed, Json, console, flag, noted, option, say
 from autoround.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def _asked(
         Path | None, option("New directory to write. [MODEL-w4g128]", "-o", "--output")
     ] = None,
     output_dir: Annotated[
-        Path | None, option("Where [MODEL-w4g128] is made.", "--output-dir", "--output_dir")
+        Path | None, option("Where [MODEL-w4g128] is made.", "--output-dir")
     ] = None,
     scheme: Annotated[str | None, option("See `autoround list schemes`. [W4A16]")] = None,
     recipe: Annotated[str | None, option("See `autoround list recipes`. [autoround]")] = None,
@@ -68,113 +68,71 @@ def _asked(
     ] = None,
     bits: Annotated[int | None, option("Bits of a weight, over the scheme's.")] = None,
     group_size: Annotated[
-        int | None,
-        option("Weights that share a scale; -1 = a row.", "--group-size", "--group_size"),
+        int | None, option("Weights that share a scale; -1 = a row.", "--group-size")
     ] = None,
-    asym: Annotated[
-        bool, typer.Option("--asym", help="Zero points instead of signed scales.")
-    ] = False,
+    asym: Annotated[bool, flag("Zero points instead of signed scales.", "--asym")] = False,
     layer_config: Annotated[
-        str | None,
-        option("JSON, or a file: layer or pattern -> scheme.", "--layer-config", "--layer_config"),
+        str | None, option("JSON, or a file: layer or pattern -> scheme.", "--layer-config")
     ] = None,
     ignore_layers: Annotated[
-        str | None,
-        option("Layers or patterns to keep, comma between.", "--ignore-layers", "--ignore_layers"),
+        str | None, option("Layers or patterns to keep, comma between.", "--ignore-layers")
     ] = None,
     quant_lm_head: Annotated[
-        bool,
-        typer.Option(
-            "--quant-lm-head", "--quant_lm_head", help="Quantize the output projection too."
-        ),
+        bool, flag("Quantize the output projection too.", "--quant-lm-head")
     ] = False,
     iters: Annotated[
         int | None, option("Steps of SignRound a block; 0 = round to nearest.")
     ] = None,
     lr: Annotated[float | None, option("Initial step of the rounding. [1/iters]")] = None,
     minmax_lr: Annotated[
-        float | None, option("Initial step of the range. [lr]", "--minmax-lr", "--minmax_lr")
+        float | None, option("Initial step of the range. [lr]", "--minmax-lr")
     ] = None,
     dataset: Annotated[str | None, option("Calibration text; see docs. [bundled]")] = None,
     nsamples: Annotated[int | None, option("Calibration samples. [128]")] = None,
     seqlen: Annotated[int | None, option("Tokens a sample. [2048]")] = None,
-    batch_size: Annotated[
-        int | None, option("Samples a step. [8]", "--batch-size", "--batch_size")
-    ] = None,
+    batch_size: Annotated[int | None, option("Samples a step. [8]", "--batch-size")] = None,
     gradient_accumulate_steps: Annotated[
-        int | None,
-        option("Batches a step. [1]", "--gradient-accumulate-steps", "--gradient_accumulate_steps"),
+        int | None, option("Batches a step. [1]", "--gradient-accumulate-steps")
     ] = None,
     disable_minmax_tuning: Annotated[
-        bool,
-        typer.Option(
-            "--disable-minmax-tuning", "--disable_minmax_tuning", help="Leave the ranges alone."
-        ),
+        bool, flag("Leave the ranges alone.", "--disable-minmax-tuning")
     ] = False,
     disable_quanted_input: Annotated[
-        bool,
-        typer.Option(
-            "--disable-quanted-input",
-            "--disable_quanted_input",
-            help="Tune every block on the float model's inputs.",
-        ),
+        bool, flag("Tune every block on the float model's inputs.", "--disable-quanted-input")
     ] = False,
     not_use_best_mse: Annotated[
-        bool,
-        typer.Option(
-            "--not-use-best-mse", "--not_use_best_mse", help="Keep the last step, not the best."
-        ),
+        bool, flag("Keep the last step, not the best.", "--not-use-best-mse")
     ] = False,
     dynamic_max_gap: Annotated[
-        int | None,
-        option(
-            "Steps without a better one that end a block.", "--dynamic-max-gap", "--dynamic_max_gap"
-        ),
+        int | None, option("Steps without a better one that end a block.", "--dynamic-max-gap")
     ] = None,
     momentum: Annotated[
         float | None, option("Share of earlier gradients that a step keeps. [0]")
     ] = None,
-    enable_adam: Annotated[
-        bool,
-        typer.Option("--enable-adam", "--enable_adam", "--adam", help="Adam instead of signs."),
-    ] = False,
+    enable_adam: Annotated[bool, flag("Adam instead of signs.", "--enable-adam", "--adam")] = False,
     nblocks: Annotated[int | None, option("Blocks tuned jointly: only 1.")] = None,
     to_quant_block_names: Annotated[
         str | None,
-        option(
-            "Blocks or patterns to quantize, comma between. [all]",
-            "--to-quant-block-names",
-            "--to_quant_block_names",
-        ),
+        option("Blocks or patterns to quantize, comma between. [all]", "--to-quant-block-names"),
     ] = None,
     seed: Annotated[int | None, option("Seed of every random choice. [42]")] = None,
     budget: Annotated[
         str | None, option("Time to spend, e.g. 30m: as many samples as it allows.")
     ] = None,
     target_kl: Annotated[
-        float | None,
-        option("More samples until the KL on held-out text is this.", "--target-kl", "--target_kl"),
+        float | None, option("More samples until the KL on held-out text is this.", "--target-kl")
     ] = None,
-    max_shard_size: Annotated[
-        str | None, option("Largest file. [5GB]", "--max-shard-size", "--max_shard_size")
-    ] = None,
+    max_shard_size: Annotated[str | None, option("Largest file. [5GB]", "--max-shard-size")] = None,
     device_map: Annotated[
-        str | None, option("Device to tune on. [the first]", "--device-map", "--device_map")
+        str | None, option("Device to tune on. [the first]", "--device-map")
     ] = None,
     low_cpu_mem_usage: Annotated[
-        bool,
-        typer.Option(
-            "--low-cpu-mem-usage",
-            "--low_cpu_mem_usage",
-            help="Keep what passes between blocks in a file.",
-        ),
+        bool, flag("Keep what passes between blocks in a file.", "--low-cpu-mem-usage")
     ] = False,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the checkpoint's own Python code.")
+        bool, flag("Run the checkpoint's own Python code.", "--trust-remote-code")
     ] = False,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Begin anew, whatever run the output holds.")
-    ] = False,
+    fresh: Annotated[bool, flag("Begin anew, whatever run the output holds.", "--fresh")] = False,
 ) -> Job:
     """The options that every command about a run takes: the signature is their documentation."""
     from autoround.options import build_recipe, default_output, parse_layer_config, split_names
@@ -237,12 +195,12 @@ def _about_a_run(command: Callable[..., None]) -> Callable[..., None]:
 @_about_a_run
 def quantize(
     job: Job,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    quiet: Annotated[bool, flag("Print errors only.", "--quiet", "-q")] = False,
     json_output: Annotated[
-        bool, typer.Option("--json", help="Events on stdout, one JSON object a line.")
+        bool, flag("Events on stdout, one JSON object a line.", "--json")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done, and stop; also `plan`.")
+        bool, flag("Say what would be done, and stop; also `plan`.", "--dry-run")
     ] = False,
 ) -> None:
     """Quantize a model into a new directory."""
@@ -333,7 +291,7 @@ def plan(
     vram: Annotated[str | None, option("Memory of the device, e.g. 8GB.")] = None,
     disk: Annotated[str | None, option("Room on the disk, e.g. 20GB.")] = None,
     probe: Annotated[
-        bool, typer.Option("--probe", help="Try the first blocks, for the time it will take.")
+        bool, flag("Try the first blocks, for the time it will take.", "--probe")
     ] = False,
     json_output: Json = False,
 ) -> None:

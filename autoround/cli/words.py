@@ -54,21 +54,30 @@ class Stopped(BaseException):
 
 
 def option(help: str, *names: str) -> Any:
-    """An option without a default of its own to show."""
-    return typer.Option(*names, help=help, show_default=False)
+    """An option without a default of its own to show; ``--a-b`` may be written ``--a_b``."""
+    return typer.Option(*spelled(*names), help=help, show_default=False)
+
+
+def flag(help: str, *names: str) -> Any:
+    """An option that takes no value; there is no ``--no-`` of it."""
+    return typer.Option(*spelled(*names), help=help)
+
+
+def spelled(*names: str) -> Iterator[str]:
+    """Each name, and with underscores where it has a hyphen, as the known tool writes it."""
+    for name in names:
+        yield name
+        if "-" in name.lstrip("-"):
+            yield "--" + name.lstrip("-").replace("-", "_")
 
 
 Formats = Annotated[str, typer.Option(help="One or several, comma between; see list formats.")]
-ShardSize = Annotated[
-    str, typer.Option("--max-shard-size", "--max_shard_size", help="Largest file.")
-]
-Device = Annotated[
-    str | None, option("Device to run on. [the first]", "--device-map", "--device_map")
-]
+ShardSize = Annotated[str, typer.Option(*spelled("--max-shard-size"), help="Largest file.")]
+Device = Annotated[str | None, option("Device to run on. [the first]", "--device-map")]
 Products = Annotated[
     Compute, typer.Option(help="exact, or fast: activations in 8 bits where that is faster.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object.")]
+Json = Annotated[bool, flag("One JSON object.", "--json")]
 
 
 def console(quiet: bool = False, *, aside: bool = False) -> "Console":

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from autoround.calib import TokenSet, load_tokens
+from autoround.calib import TokenSet, tokens_for
 from autoround.checkpoint import Checkpoint, resolve
 from autoround.errors import InputError
 from autoround.models import StreamedModel, survey_of, tokenizer_of
@@ -83,23 +83,14 @@ def _tokens(
     reason = ""
     if tokenizer is None:
         tokenizer, reason = tokenizer_of(streamed.checkpoint.path)
-    config = streamed.model.config.get_text_config()
-    limits = (
-        getattr(config, "max_position_embeddings", None),
-        getattr(tokenizer, "model_max_length", None),
-    )
-    seqlen = min([recipe.seqlen, *(n for n in limits if isinstance(n, int) and n > 0)])
     try:
-        tokens = load_tokens(
-            dataset, tokenizer, nsamples=recipe.nsamples, seqlen=seqlen, seed=recipe.seed
+        return tokens_for(
+            streamed.model,
+            tokenizer,
+            dataset,
+            nsamples=recipe.nsamples,
+            seqlen=recipe.seqlen,
+            seed=recipe.seed,
         )
     except InputError as error:
         raise InputError(f"{error} ({reason})" if reason else str(error)) from error
-    rows = streamed.model.get_input_embeddings().weight.shape[0]
-    if int(tokens.ids.max()) >= rows:
-        raise InputError(
-            f"{streamed.checkpoint.path}: token {int(tokens.ids.max())} is outside the model's "
-            f"{rows} embeddings ({tokens.description}); "
-            "the tokenizer or the token ids belong to another model"
-        )
-    return tokens

@@ -217,7 +217,7 @@ schemes = st.one_of(
 FORMATS = sorted({f for row in READERS if not row.why for f in row.formats} | {"auto_round"})
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data(), engine=st.sampled_from(ENGINES), format=st.sampled_from(FORMATS))
 def test_remedies_leave_nothing_to_refuse(data: st.DataObject, engine: str, format: str) -> None:
     hidden, inner = (32 * data.draw(st.integers(1, 12)) for _ in range(2))

@@ -126,7 +126,7 @@ def quantized(draw: st.DrawFn) -> QTensor:
     return QTensor(spec, (n, k), "plain", parts)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(q=quantized())
 def test_every_format_gives_the_weight_back(q: QTensor) -> None:
     with TemporaryDirectory() as scratch:
@@ -229,7 +229,7 @@ def test_auto_round_picks_what_engines_read(spec: str, packing: str, tmp_path: P
     assert own["packing_format"] == packing
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(q=quantized())
 def test_mlx_tells_when_it_rounds(q: QTensor) -> None:
     """The error in the record is the largest difference between its weights and the run's."""

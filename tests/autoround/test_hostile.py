@@ -183,7 +183,7 @@ ROWS = [
     ("dataset", "rows.jsonl", text('{"text": "\\ud800 the cat sat on the mat"}\n' * 20),
      "surrogates not allowed"),
     ("dataset", "ids.jsonl", ids(2**63), "no token id"),
-    ("eval dataset", "ids.jsonl", ids(320), "outside the 320 embeddings"),
+    ("eval dataset", "ids.jsonl", ids(320), "outside the model's 320 embeddings"),
     ("convert awq", "config.json", setting(quantization_config__modules_to_not_convert=3),
      "modules_to_not_convert in quant"),
     ("convert ct", "config.json", setting(quantization_config__config_groups={"g": 1}),

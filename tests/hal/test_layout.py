@@ -28,7 +28,7 @@ def unsigned(words: torch.Tensor) -> list[int]:
 @given(
     bits=st.integers(2, 8), rows=st.integers(1, 3), blocks=st.integers(1, 3), seed=st.integers(0)
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_stream_is_the_bit_stream(bits: int, rows: int, blocks: int, seed: int) -> None:
     rng = torch.Generator().manual_seed(seed % 2**32)
     values = torch.randint(1 << bits, (rows, blocks * 32), generator=rng).to(torch.uint8)
@@ -65,7 +65,7 @@ def test_awq_order() -> None:
     k=st.integers(1, 6),
     group=st.sampled_from([0, 16, 32, 128]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_pack_and_back(
     bits: int, asymmetric: bool, layout: str, n: int, k: int, group: int
 ) -> None:
