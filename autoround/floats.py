@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from autoround.checkpoint import Checkpoint
 from autoround.inference.loading import running
 from autoround.version import VERSION
+from hal import config
 
 #: Likeliest tokens kept of a position, and tokens sampled of its tail.
 TOP, SAMPLED = 128, 128
@@ -172,17 +173,12 @@ def _machine() -> str:
     return str(torch.backends.cpu.get_cpu_capability())
 
 
-def cache_directory() -> Path:
-    """``$XDG_CACHE_HOME/autoround``, or the same below ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autoround"
-
-
 def cached(key: str, kind: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """What ``make`` gave for this key before, or gives now.
 
     A file that is not what was written counts as none. A cache that cannot be written is none.
     """
-    file = cache_directory() / f"{kind}-{key[:40]}.tensors"
+    file = config.cache() / f"{kind}-{key[:40]}.tensors"
     with contextlib.suppress(OSError):
         head, _, body = file.read_bytes().partition(b"\n")
         if hashlib.sha256(body).hexdigest().encode() == head:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m hal [explain | matrix]``: does it work here, which kernels serve what, and why."""
+"""``python -m hal [explain | matrix | tune]``: does it work here, what serves what, why, how."""
 
 import argparse
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -170,6 +171,34 @@ def explain(options: argparse.Namespace) -> None:
         for name, reason in answers
     ]
     _aligned(marks or [(options.op, "no kernel of this name")])
+    for row, reason in registry.explain(case):
+        if row.launches and reason is None:
+            print(f"{row.name}: {row.launches.explain(case)}")
+
+
+def tune(options: argparse.Namespace) -> int:
+    """Measure the launches of every kernel that has several, and keep the fastest. Exit code 1
+    where no kernel has."""
+    device = devices.resolve(options.device)
+    caps, op = devices.caps(device), "qgemm" if options.experts == 1 else "qgemm_grouped"
+    print(f"{caps.name}: {config.cache() / 'launches'}")
+    done = 0
+    for text, (n, k), m in itertools.product(options.specs, options.shapes, options.rows):
+        of = Case(op, Spec.parse(text), DTYPES[options.dtype], n, k, caps)
+        case = replace(of, m=registry.bucket(m), experts=options.experts)
+        for row, reason in registry.explain(case):
+            if row.launches and reason is None:
+                done += 1
+                found = row.launches.tune(case, device)
+                print(f"{row.name} {text} {n}x{k} m={case.m}: {found}", flush=True)
+    if not done:
+        print("no kernel here has launches to choose from: that takes a GPU that triton can use")
+    return int(not done)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    n, _, k = text.partition("x")
+    return int(n), int(k)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -187,7 +216,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     why.add_argument("--layout", default="plain", choices=LAYOUTS)
     why.add_argument("--dtype", default="bf16", choices=DTYPES)
     why.add_argument("--device", default="auto")
+    measure = commands.add_parser("tune", help="measure launches on this GPU, keep the fastest")
+    measure.add_argument("--specs", nargs="+", default=["s4:g128:f16"])
+    measure.add_argument("--shapes", type=_shape, nargs="+", default=[(4096, 4096)], help="NxK")
+    measure.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 256])
+    measure.add_argument("--experts", type=int, default=1)
+    measure.add_argument("--dtype", default="bf16", choices=DTYPES)
+    measure.add_argument("--device", default="auto")
     options = parser.parse_args(argv)
+    if options.command == "tune":
+        return tune(options)
     if options.command == "explain":
         explain(options)
     elif options.command == "matrix":

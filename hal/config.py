@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 
 _BACKEND: ContextVar[str | None] = ContextVar("backend", default=None)
 
@@ -36,6 +37,11 @@ def only(name: str) -> Iterator[None]:
 def kernel() -> str:
     """``HAL_KERNEL``: only kernels whose name matches this glob, and the reference."""
     return os.environ.get("HAL_KERNEL", "")
+
+
+def cache() -> Path:
+    """``$XDG_CACHE_HOME/autoround``, or the same below ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autoround"
 
 
 def isa() -> str:

@@ -64,6 +64,18 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
+class Launches:
+    """Of a kernel that can be launched in several ways with the same result.
+
+    ``explain(case)``: how it would be, and where that is from. ``tune(case, device)`` measures the
+    ways, keeps the fastest in the user's cache and says what it found.
+    """
+
+    explain: Callable[[Case], str]
+    tune: Callable[[Case, torch.device], str]
+
+
+@dataclass(frozen=True, slots=True)
 class Kernel:
     """One row of a backend's table; position is priority.
 
@@ -78,6 +90,7 @@ class Kernel:
     when: Callable[[Case], str | None] = lambda case: None
     layout: str = "plain"
     label: str | None = None
+    launches: Launches | None = None
 
 
 @dataclass(frozen=True, slots=True)

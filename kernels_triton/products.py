@@ -10,7 +10,7 @@ Codes minus the zero level are integers below 256 and exact in bf16 and f16; the
 group is taken on them and scaled in f32 afterwards, so nothing is rounded but the output.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -234,7 +234,7 @@ def _decode(codes, scale, zero, out, n, K: tl.constexpr, PADDED: tl.constexpr, W
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Of one program: rows and columns of the output, columns of x a step, parts of K."""
+    """How to launch: rows and columns of the output a program, columns of x a step, parts of K."""
 
     bm: int
     bn: int
@@ -255,6 +255,11 @@ def step(width: int, groups: int, most: int) -> int:
 
 def configure(m: int, n: int, k: int, width: int, groups: int, units: int) -> Config:
     """How to multiply ``m`` rows on a device of ``units`` processors: enough programs for all."""
+    if m == 1:
+        most = padded(k) & -padded(k)
+        whole = groups > 1 and width & (width - 1) == 0
+        tile = max(width, min(most, 4 * PAD)) if whole else step(width, groups, PAD)
+        return Config(1, 4, min(tile, most), 1, 4, 3)
     bm, bn = min(128, max(16, triton.next_power_of_2(m))), 64
     tile = step(width, groups, 128 if bm <= 32 else 64)
     programs = triton.cdiv(m, bm) * triton.cdiv(n, bn)
@@ -264,19 +269,29 @@ def configure(m: int, n: int, k: int, width: int, groups: int, units: int) -> Co
     return Config(bm, bn, tile, split, 8 if bm == 128 else 4, 3 if bm >= 64 else 4)
 
 
+def candidates(table: Config) -> list[Config]:
+    """What to measure beside the table's: all that leaves the order of every sum as it is, which
+    ``tile`` and ``split`` are, and the instruction, which ``bm`` decides."""
+    columns = (2, 4, 8, 16) if table.bm == 1 else (32, 64, 128)
+    how = ((4, 3),) if table.bm == 1 else ((4, 3), (4, 4), (4, 5), (8, 3), (8, 4))
+    return [replace(table, bn=bn, warps=w, stages=s) for bn in columns for w, s in how]
+
+
 def _dot(x: Tensor) -> tl.dtype:
     if INTERPRETED or x.dtype == torch.float32:
         return tl.float32
     return tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
 
 
-def product(x: Tensor, w: Planes, bias: Tensor | None, out: Tensor, units: int) -> None:
+def product(x: Tensor, w: Planes, bias: Tensor | None, out: Tensor, c: Config) -> None:
     """``x [m, k] @ w.T + bias -> out [m, n]``, contiguous, in the dtype of ``x``."""
     m, options = x.shape[0], {"FLOAT": FLOATS[x.dtype], "BIAS": bias is not None}
     if m == 1:
-        _one(x, w, bias, out, options)
+        _row[(triton.cdiv(w.n, c.bn),)](
+            x, w.codes, w.scale, w.zero, bias, out, w.n, **w.constants, **options, BN=c.bn,
+            TILE=c.tile, **c.launch,
+        )  # fmt: skip
         return
-    c = configure(m, w.n, w.k, w.width, w.scale.shape[1], units)
     parts = x.new_empty((c.split, m, w.n), dtype=torch.float32) if c.split > 1 else None
     grid = (triton.cdiv(m, c.bm), triton.cdiv(w.n, c.bn), c.split)
     _tile[grid](
@@ -290,24 +305,13 @@ def product(x: Tensor, w: Planes, bias: Tensor | None, out: Tensor, units: int) 
         )
 
 
-def _one(x: Tensor, w: Planes, bias: Tensor | None, out: Tensor, options: dict[str, Any]) -> None:
-    groups, most, rows = w.scale.shape[1], padded(w.k) & -padded(w.k), 4
-    whole = groups > 1 and w.width & (w.width - 1) == 0
-    tile = max(w.width, min(most, 4 * PAD)) if whole else step(w.width, groups, PAD)
-    _row[(triton.cdiv(w.n, rows),)](
-        x, w.codes, w.scale, w.zero, bias, out, w.n, **w.constants, **options, BN=rows,
-        TILE=min(tile, most), **FUSED,
-    )  # fmt: skip
-
-
-def grouped(x: Tensor, w: Planes, offsets: Tensor, out: Tensor) -> None:
+def grouped(x: Tensor, w: Planes, offsets: Tensor, out: Tensor, c: Config) -> None:
     """Rows ``offsets[e] : offsets[e + 1]`` of ``x [t, k]`` times expert e: ``out [t, n]``.
 
     Nothing is read back from the device: the grid has room for the worst case, and programs without
     rows end at once.
     """
     t, experts = x.shape[0], offsets.numel() - 1
-    c = configure(-(-t // experts), w.n, w.k, w.width, w.scale.shape[1], 1)
     tiles = _tiles_of_experts(offsets, c.bm, triton.cdiv(t, c.bm) + experts)
     _tile[(tiles.shape[0], triton.cdiv(w.n, c.bn), 1)](
         x, w.codes, w.scale, w.zero, None, out, None, tiles, t, w.n, **w.constants,

@@ -2,18 +2,21 @@
 """Triton kernels (kernels_triton/) for every GPU that Triton compiles for."""
 
 import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hal import codec, groupwise
+from hal import codec, groupwise, tuned
 from hal.backends import reference
 from hal.layout import Layout, Parts
 from hal.plan import Weight
 from hal.qtensor import Params
-from hal.registry import EMULATED, Case, Kernel
+from hal.registry import EMULATED, Case, Kernel, Launches, bucket
 from hal.spec import Spec
 
 NAME = "triton"
@@ -121,28 +124,46 @@ def _from_planes(parts: Parts, spec: Spec, shape: tuple[int, int]) -> Parts:
     return {"codes": _import("products").from_planes(parts["codes"], spec.bits, shape[1]), **kept}
 
 
-def _bound(weight: Weight) -> tuple[object, int]:
-    """The weight as the kernels take it and the device's processors, looked up once."""
+@dataclass(slots=True)
+class _Ready:
+    """A weight as the kernels take it, and how they are launched for a bucket of rows."""
+
+    planes: Any
+    launches: dict[int, Any] = field(default_factory=dict)
+
+
+def _bound(weight: Weight) -> _Ready:
     if weight.handle is None:
-        spec, (n, k), parts = weight.spec, weight.shape, weight.parts
-        shape = (n // weight.experts, k, spec.width(k), spec.bits)
-        planes = _import("products").Planes(
-            parts["codes"], parts["scale"], parts.get("zero"), *shape
-        )
-        weight.handle = (planes, caps(weight.device).units)
-    handle: tuple[object, int] = weight.handle
+        shape, experts = weight.shape, weight.experts
+        weight.handle = _Ready(_planes(weight.parts, weight.spec, shape, experts))
+    handle: _Ready = weight.handle
     return handle
 
 
+def _planes(parts: Parts, spec: Spec, shape: tuple[int, int], experts: int) -> Any:
+    (n, k), at = shape, (parts["codes"], parts["scale"], parts.get("zero"))
+    return _import("products").Planes(*at, n // experts, k, spec.width(k), spec.bits)
+
+
+def _launch_of(weight: Weight, op: str, rows: int) -> Any:
+    """Looked up once for a weight and a bucket of rows (of an expert)."""
+    known, experts = _bound(weight).launches, weight.experts
+    m = bucket(-(-rows // experts))
+    if m not in known:
+        sizes = (*weight.shape, caps(weight.device), m * experts, None, experts)
+        known[m] = _launch(Case(op, weight.spec, weight.dtype, *sizes))[0]
+    return known[m]
+
+
 def _qgemm(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor) -> None:
-    planes, units = _bound(weight)
     bias = None if bias is None else bias.contiguous()
-    _import("products").product(x, planes, bias, out, units)
+    launch = _launch_of(weight, "qgemm", x.shape[0])
+    _import("products").product(x, _bound(weight).planes, bias, out, launch)
 
 
 def _qgemm_dense(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor) -> None:
     """The weight rounded to the dtype of x and multiplied by torch."""
-    dense = _import("products").decoded(_bound(weight)[0], x.dtype)
+    dense = _import("products").decoded(_bound(weight).planes, x.dtype)
     if bias is None:
         torch.mm(x, dense.t(), out=out)
     else:
@@ -150,7 +171,96 @@ def _qgemm_dense(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor) ->
 
 
 def _qgemm_grouped(x: Tensor, weight: Weight, offsets: Tensor, out: Tensor) -> None:
-    _import("products").grouped(x, _bound(weight)[0], offsets.contiguous(), out)
+    launch = _launch_of(weight, "qgemm_grouped", x.shape[0])
+    _import("products").grouped(x, _bound(weight).planes, offsets.contiguous(), out, launch)
+
+
+# ---- how products are launched: the table's way (`products.configure`), or the fastest measured
+
+
+def _compiler() -> str:
+    import triton
+
+    return f"triton {triton.__version__}"
+
+
+def _table(case: Case) -> Any:
+    spec, k, experts = case.spec, case.k, case.experts
+    sizes = (case.n // experts, k, spec.width(k), spec.groups(k))
+    if experts == 1:
+        return _import("products").configure(case.m, *sizes, case.caps.units)
+    return _import("products").configure(max(2, -(-case.m // experts)), *sizes, 1)
+
+
+def _launch(case: Case) -> tuple[Any, tuned.Launch]:
+    """The launch of a case, and what was measured if that is where it is from."""
+    table, found = _table(case), tuned.find(case, _compiler())
+    own = {name: found.get(name) for name in ("bn", "warps", "stages")}
+    launch = replace(table, **own)
+    if launch not in _import("products").candidates(table):
+        return table, {}
+    return launch, found
+
+
+def _explain(case: Case) -> str:
+    launch, found = _launch(case)
+    how = ", ".join(f"{name} {value}" for name, value in asdict(launch).items())
+    if not found:
+        return f"{how}: from the table; `python -m hal tune` measures others"
+    return f"{how}: measured, {found.get('ms')} ms to the table's {found.get('table_ms')}"
+
+
+def _run(case: Case, device: torch.device) -> tuple[Callable[[Any], None], Tensor]:
+    """The product of a case with numbers of its own, for any launch, and what it writes to."""
+    rng, spec, experts = torch.Generator().manual_seed(0), case.spec, case.experts
+    n, k, groups = case.n, case.k, spec.groups(case.k)
+    parts = {
+        "codes": torch.randint(1 << spec.bits, (n, k), dtype=torch.uint8, generator=rng),
+        "scale": torch.rand(n, groups, generator=rng).to(spec.scale_dtype),
+    }
+    if not spec.symmetric:
+        parts["zero"] = torch.randint(1 << spec.bits, (n, groups), dtype=torch.uint8, generator=rng)
+    stored = _to_planes({name: t.to(device) for name, t in parts.items()}, spec)
+    planes, products = _planes(stored, spec, (n, k), experts), _import("products")
+    x = torch.randn(case.m, k, generator=rng).to(device, case.dtype)
+    out = torch.empty(case.m, n // experts, dtype=case.dtype, device=device)
+    if experts == 1:
+        return lambda launch: products.product(x, planes, None, out, launch), out
+    offsets = (torch.arange(experts + 1) * case.m // experts).to(device, torch.int32)
+    return lambda launch: products.grouped(x, planes, offsets, out, launch), out
+
+
+def _milliseconds(call: Callable[[], None]) -> float:
+    from triton.testing import do_bench
+
+    return float(do_bench(call, return_mode="median"))
+
+
+GAIN = 0.98  #: of the table's time: what differs by less is noise
+
+
+def _tune(case: Case, device: torch.device) -> str:
+    """Measure what gives the table's bits on this device; keep the fastest."""
+    from triton.errors import TritonError
+
+    run, out = _run(case, device)
+    table = _table(case)
+    run(table)
+    want, times = out.clone(), {table: _milliseconds(lambda: run(table))}
+    for launch in _import("products").candidates(table):
+        try:
+            run(launch)
+        except TritonError:  # more shared memory or registers than this device has
+            continue
+        if launch != table and torch.equal(out, want):
+            times[launch] = _milliseconds(lambda launch=launch: run(launch))  # type: ignore[misc]
+    best = min(times, key=lambda launch: times[launch])
+    if times[best] > GAIN * times[table]:
+        best = table
+    measured = {"ms": round(times[best], 5), "table_ms": round(times[table], 5)}
+    chosen = {"bn": best.bn, "warps": best.warps, "stages": best.stages}
+    tuned.keep(case, _compiler(), {**chosen, **measured})
+    return _explain(case)
 
 
 def _groups(case: Case) -> str | None:
@@ -169,6 +279,8 @@ def _many_rows(case: Case) -> str | None:
 
 LAYOUTS = (Layout("triton.planes", lambda spec, n, k: None, _to_planes, _from_planes, 1),)
 
+MEASURED = Launches(_explain, _tune)
+
 KERNELS = (
     Kernel("triton.search", "search", _search),
     Kernel("triton.qdq", "qdq", _qdq),
@@ -178,6 +290,13 @@ KERNELS = (
     Kernel("triton.quantize_act", "quantize_act", _quantize_act),
     *groupwise.packing(NAME, _repack),
     Kernel("triton.qgemm_dense", "qgemm", _qgemm_dense, _many_rows, "triton.planes"),
-    Kernel("triton.qgemm", "qgemm", _qgemm, _groups, "triton.planes"),
-    Kernel("triton.qgemm_grouped", "qgemm_grouped", _qgemm_grouped, _groups, "triton.planes"),
+    Kernel("triton.qgemm", "qgemm", _qgemm, _groups, "triton.planes", launches=MEASURED),
+    Kernel(
+        "triton.qgemm_grouped",
+        "qgemm_grouped",
+        _qgemm_grouped,
+        _groups,
+        "triton.planes",
+        launches=MEASURED,
+    ),
 )

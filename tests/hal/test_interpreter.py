@@ -10,14 +10,20 @@ from pathlib import Path
 
 import pytest
 
-PARITY = Path(__file__).with_name("test_parity.py")
+PARITY, LAUNCHES = map(Path(__file__).with_name, ("test_parity.py", "interpreted.py"))
 
 
-def test_triton_kernels_equal_the_reference() -> None:
+@pytest.mark.parametrize(
+    ("which", "least"),
+    [((PARITY, "-k", "triton"), 40), ((LAUNCHES,), 18)],
+    ids=["parity", "launches"],
+)
+def test_under_the_interpreter(which: tuple[str | Path, ...], least: int) -> None:
+    """Triton kernels equal the reference; how they are launched changes nothing."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, str(PARITY)],
+        [*command, *which],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
@@ -25,4 +31,4 @@ def test_triton_kernels_equal_the_reference() -> None:
     assert done.returncode == 0, done.stdout[-4000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
-    assert int(passed[1]) >= 40
+    assert int(passed[1]) >= least

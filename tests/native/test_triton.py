@@ -31,6 +31,7 @@ def calls(spec: hal.Spec) -> list[Call]:
     planes = products.Planes(
         products.to_planes(codes, spec.bits), scale, zero, n, k, spec.width(k), spec.bits
     )
+    sizes = (n, k, spec.width(k), spec.groups(k))
     walk = (spec.bits, n, pack.Strides(k, 1, 1, n), False)
     with recorded() as found:
         quantize.search(w, p.amin[0].repeat(k)[:k], [1.0, 0.5], e, p.amin, p.amax)
@@ -43,8 +44,10 @@ def calls(spec: hal.Spec) -> list[Call]:
         pack.unpack(codes, words, *walk)
         for m in ROWS:
             x = torch.zeros(m, k, dtype=torch.bfloat16)
-            products.product(x, planes, p.amin.flatten()[:n], torch.empty_like(x), 132)
-        products.grouped(w, planes, torch.tensor([0, 1024], dtype=torch.int32), w)
+            table = products.configure(m, *sizes, 132)
+            products.product(x, planes, p.amin.flatten()[:n], torch.empty_like(x), table)
+        table = products.configure(1024, *sizes, 1)
+        products.grouped(w, planes, torch.tensor([0, 1024], dtype=torch.int32), w, table)
         products.decoded(planes, torch.bfloat16)
     return found
 
