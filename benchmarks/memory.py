@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peak memory against depth: the same width with 4 and with 16 blocks, quantized by the command."""
+"""Peak memory against depth: the same width with 4 and with 16 blocks, ours and auto-round's."""
 
 import argparse
 import json
@@ -16,15 +16,19 @@ from rich.table import Table
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks._peer import environment
+
 HERE = Path(__file__).parent
 MB = 1e6
 SMALL = {"batch_size": 4}
-#: Column -> what is asked of the run.
-RUNS: dict[str, dict[str, Any]] = {
-    "RTN": {"iters": 0},
-    "closed form": SMALL,
-    "the same, low memory": SMALL | {"low_cpu_mem_usage": True},
-    "2 steps": SMALL | {"iters": 2},
+OURS, INTEL = "own.py", "intel_auto_round.py"
+#: Column -> the script of ``peers`` that runs, and what is asked of it.
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "RTN": (OURS, {"iters": 0}),
+    "closed form": (OURS, SMALL),
+    "the same, low memory": (OURS, SMALL | {"low_cpu_mem_usage": True}),
+    "2 steps": (OURS, SMALL | {"iters": 2}),
+    "auto-round, 2 steps": (INTEL, SMALL | {"iters": 2}),
 }
 
 
@@ -33,14 +37,21 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks memory", description=main.__doc__)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--depths", type=int, nargs="+", default=[4, 16])
+    parser.add_argument("--nsamples", type=int, default=8)
+    parser.add_argument("--seqlen", type=int, default=128)
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=[*RUNS], metavar="RUN")
     parser.add_argument("-o", "--output", type=Path, default=Path(".cache/memory"))
     o = parser.parse_args(argv)
-    table = Table("blocks", "checkpoint", "imports", *(f"peak, {name}" for name in RUNS))
+    if any(RUNS[name][0] == INTEL for name in o.runs):
+        environment("auto-round")
+    o.output.mkdir(parents=True, exist_ok=True)
+    ids = torch.randint(0, 1024, (o.nsamples, o.seqlen), generator=torch.Generator().manual_seed(0))
+    save_file({"ids": ids}, o.output / "tokens.safetensors")
+    table = Table("blocks", "checkpoint", *(f"peak, {name}" for name in o.runs))
     for depth in o.depths:
         where = o.output / f"llama-{depth}"
-        size = _checkpoint(where, o.hidden, depth)
-        found = [_peak(where, o.output / f"out-{depth}", asked) for asked in RUNS.values()]
-        sizes = (size, found[0]["start"], *(run["peak"] for run in found))
+        sizes = [_checkpoint(where, o.hidden, depth)]
+        sizes += [_peak(where, o.output / f"out-{depth}", *RUNS[name]) for name in o.runs]
         table.add_row(str(depth), *(f"{n / MB:.0f} MB" for n in sizes))
     Console().print(table)
 
@@ -58,21 +69,16 @@ def _checkpoint(where: Path, hidden: int, depth: int) -> int:
     )
     torch.manual_seed(0)
     LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(where)
+    for file in (HERE / "models" / "pgdoc").glob("tokenizer*"):  # nobody uses it; the peer asks
+        shutil.copy(file, where)
     return sum(f.stat().st_size for f in where.glob("*.safetensors"))
 
 
-def _peak(model: Path, output: Path, asked: Mapping[str, Any]) -> dict[str, int]:
-    """Resident bytes before one quantization and at most, in a process of its own."""
+def _peak(model: Path, output: Path, script: str, asked: Mapping[str, Any]) -> int:
+    """Resident bytes at most, of one quantization in a process of its own."""
     shutil.rmtree(output, ignore_errors=True)
-    tokens = output.parent / "tokens.safetensors"
-    _tokens(tokens)
-    words = [str(model), str(tokens), str(output), json.dumps(asked)]
-    command = [sys.executable, str(HERE / "peers" / "own.py"), *words]
+    python = sys.executable if script == OURS else str(environment("auto-round").absolute())
+    words = [str(model), str(output.parent / "tokens.safetensors"), str(output), json.dumps(asked)]
+    command = [python, str(HERE / "peers" / script), *words]
     done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE)
-    sizes: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return sizes
-
-
-def _tokens(path: Path) -> None:
-    ids = torch.randint(0, 1024, (8, 128), generator=torch.Generator().manual_seed(0))
-    save_file({"ids": ids}, path)
+    return int(json.loads(done.stdout.splitlines()[-1])["peak"])

@@ -26,10 +26,10 @@ def main() -> None:
         count = min(len(ids), recipe.nsamples)
         recipe = replace(recipe, nsamples=count, seqlen=ids.shape[1])
     source = Source(model, torch.empty(0).device, low_cpu_mem_usage=low)
-    start, before = peak_bytes(), time.process_time()
+    before = time.process_time()
     run = quantize(recipe, source, Path(output), dataset=[*ids[: recipe.nsamples]])
     cpu = time.process_time() - before
-    made = {"seconds": run.seconds, "cpu": cpu, "peak": peak_bytes(), "start": start}
+    made = {"seconds": run.seconds, "cpu": cpu, "peak": peak_bytes()}
     print(json.dumps(made | {"directory": output}))
 
 
