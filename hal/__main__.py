@@ -59,6 +59,7 @@ def _questions(caps: registry.Caps) -> Iterator[tuple[str, Case]]:
         return Case(op, Spec("s4"), torch.bfloat16, 4096, 4096, caps)
 
     yield from ((verb, ask(verb)) for verb in VERBS)
+    yield "round stream", replace(ask("round"), layout="stream")
     for op in ("pack", "unpack"):
         for layout in [name for name in LAYOUTS if name != "plain"]:
             yield f"{op} {layout}", replace(ask(op), layout=layout)
