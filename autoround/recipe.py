@@ -32,7 +32,8 @@ class Recipe:
 
     ``bits``, ``group_size``, ``sym`` override the scheme where not None. What is done: ``search``
     ranges, columns weighted by their inputs; ``feedback``: round in closed form; ``iters`` steps of
-    SignRound, with ``feedback`` only on the weights that it cannot reach (fused experts). None of
+    SignRound, with ``feedback`` only on the weights that it cannot reach (fused experts);
+    ``end_to_end`` steps of all scales after the last block. None of
     them = round to nearest, no data needed. ``lr`` None = 1 / iters (2 / iters from 1000 iterations
     on at 3 bits and below); ``minmax_lr`` None = ``lr``. ``dynamic_max_gap``: end a block
     after that many steps without a better one. ``dataset`` None = the bundled pack. ``format``: one
@@ -52,6 +53,7 @@ class Recipe:
     search: bool = False
     feedback: bool = True
     iters: int = 200
+    end_to_end: int = 0
     lr: float | None = None
     minmax_lr: float | None = None
     enable_minmax_tuning: bool = True
@@ -69,7 +71,7 @@ class Recipe:
     max_shard_size: str = "5GB"
 
     def __post_init__(self) -> None:
-        least = {"iters": 0, "nsamples": 1, "seqlen": 2, "batch_size": 1}
+        least = {"iters": 0, "end_to_end": 0, "nsamples": 1, "seqlen": 2, "batch_size": 1}
         for name, minimum in {**least, "gradient_accumulate_steps": 1}.items():
             if getattr(self, name) < minimum:
                 raise InputError(
@@ -99,7 +101,7 @@ class Recipe:
     @property
     def calibrates(self) -> bool:
         """Whether the run needs data."""
-        return self.search or self.feedback or self.iters > 0
+        return self.search or self.feedback or self.iters > 0 or self.end_to_end > 0
 
     def learning_rate(self, bits: int) -> float:
         """Initial step of the rounding offset for a layer of ``bits``."""
@@ -117,7 +119,7 @@ class Recipe:
 #: The first is the default.
 RECIPES: dict[str, Recipe] = {
     "autoround": Recipe(),
-    "best": Recipe(nsamples=512),
+    "best": Recipe(nsamples=512, end_to_end=120),
     "light": Recipe(nsamples=32),
     "signround": Recipe(feedback=False),
     "signround-best": Recipe(feedback=False, iters=1000, nsamples=512),

@@ -50,12 +50,13 @@ def _rows(what: Listing) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
     if what is Listing.recipes:
         from autoround.recipe import RECIPES
 
-        columns = ("recipe", "closed form", "steps", "samples", "tokens", "batch")
+        columns = ("recipe", "closed form", "steps", "end to end", "samples", "tokens", "batch")
         return columns, [
             (
                 n,
                 r.feedback,
                 r.iters,
+                r.end_to_end,
                 *((r.nsamples, r.seqlen, r.batch_size) if r.calibrates else ()),
             )
             for n, r in RECIPES.items()

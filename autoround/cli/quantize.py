@@ -83,6 +83,10 @@ def _asked(
     iters: Annotated[
         int | None, option("Steps of SignRound a block; 0 = round to nearest.")
     ] = None,
+    end_to_end: Annotated[
+        int | None,
+        option("Steps of all scales together, after the blocks.", "--end-to-end", "--end_to_end"),
+    ] = None,
     lr: Annotated[float | None, option("Initial step of the rounding. [1/iters]")] = None,
     minmax_lr: Annotated[
         float | None, option("Initial step of the range. [lr]", "--minmax-lr")
@@ -148,6 +152,7 @@ def _asked(
         "ignore_layers": split_names(ignore_layers),
         "quant_lm_head": quant_lm_head or None,
         "iters": iters,
+        "end_to_end": end_to_end,
         "lr": lr,
         "minmax_lr": minmax_lr,
         "dataset": dataset,

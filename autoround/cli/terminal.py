@@ -20,7 +20,17 @@ from rich.table import Table
 from rich.text import Text
 
 from autoround.cli.tables import clock, size
-from autoround.run.events import BlockDone, BlockStarted, Calibrated, Event, Planned, Resumed, Step
+from autoround.run.events import (
+    BlockDone,
+    BlockStarted,
+    Calibrated,
+    Event,
+    Planned,
+    Resumed,
+    Step,
+    WholeDone,
+    WholeStarted,
+)
 from autoround.run.record import free_bytes, peak_bytes, resident_bytes
 
 if TYPE_CHECKING:  # a run that builds no model imports no transformers
@@ -79,6 +89,12 @@ class Terminal:
                 self._step = (t + 1, loss)
             case BlockDone(report):
                 self._block_done(report)
+            case WholeStarted(steps):
+                self._name, self._iters, self._step = "all scales", steps, (0, math.nan)
+                self._pace.start()
+            case WholeDone(whole):
+                self._name = ""
+                self._say(str(whole), "" if whole.because is None else "yellow")
 
     def _planned(self, plan: "ModelPlan") -> None:
         self._pace = Pace([sum(math.prod(x.view.shape) for x in b) for b in plan.blocks])

@@ -44,7 +44,8 @@ class _Place:
 
 
 class ShardSink:
-    """``put`` every planned tensor once, in any order; leaving the context finishes the files.
+    """``put`` every planned tensor once (or again, as it is), in any order; leaving the context
+    finishes the files.
 
     Until then they carry the suffix ``.partial``; an exception removes them, unless something in
     them is `settle`d. ``durable``: finished files are on the disk, not in the system's memory
@@ -173,9 +174,9 @@ class ShardSink:
         flat = raw.reshape(-1).view(torch.uint8)
         data = memoryview(flat.numpy())  # type: ignore[arg-type]
         size = place.stored.nbytes // place.stored.pieces
-        if len(data) != size or self.crcs[name][index] is not None:
+        crc, before = crc32(flat), self.crcs[name][index]
+        if len(data) != size or before not in (None, crc):
             raise AssertionError(f"{name}: {len(data)} bytes, planned {place.stored}, or put twice")
-        crc = crc32(flat)
         file, offset = self._files[place.shard], place.offset + index * size
         while data:
             written = os.pwrite(file, data[:PIECE], offset)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model whose parameters come and go: blocks materialised from the checkpoint, and dropped."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -108,6 +108,12 @@ class StreamedModel:
         """Materialise embeddings, final norm, head and other towers; they stay."""
         self.load([name for name in self._targets if not self.blocks.owns(name)], self.home)
 
+    def load_around(self, weights: Collection[str]) -> None:
+        """Materialise everything but some parameters, where blocks are computed; buffers too."""
+        self.load([name for name in self._targets if name not in weights], self.device)
+        for name, buffer in self.model.named_buffers():
+            self._slot(name)._buffers[_leaf(name)] = buffer.to(self.device)
+
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """Block `index` with its parameters, freed on leaving."""
@@ -117,6 +123,20 @@ class StreamedModel:
             yield module
         finally:
             self.drop(module)
+
+    @property
+    def vectors(self) -> dict[str, str]:
+        """Parameters of one dimension that are a tensor of the checkpoint as it is -> its key."""
+        tied = {*self.ties, *self.ties.values()}
+        return {
+            name: home.keys[0]
+            for name, home in self._homes.items()
+            if name in self._parameters
+            and name not in tied
+            and home.recipe == "copy"
+            and len(self._targets[name].shape) == 1
+            and DTYPES.get(self.checkpoint.entries[home.keys[0]].dtype) == self.dtype
+        }
 
     def resident_bytes(self) -> int:
         """Bytes of all parameters that are materialised now, shared ones counted once."""

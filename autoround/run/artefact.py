@@ -23,6 +23,8 @@ from autoround.run.journal import settle
 from autoround.run.ledger import Ledger
 from hal import QTensor
 
+#: The fate of a tensor that stays in its dtype and was tuned.
+TUNED = "tuned"
 #: What a journal holds of the files: fates of tensors, and for every directory the tensor and piece
 #: that each became, with its CRC-32.
 Row = Mapping[str, Any]
@@ -59,6 +61,7 @@ class Artefact(ExitStack):
         self._told = len(self.ledger.fates)
 
     def _recall(self, row: Row) -> None:
+        self._forget(_rewritten(row, self.contents))
         for key, fate in row["fates"].items():
             written = [[(n, i) for n, i, _ in own["places"][key]] for own in row["exports"]]
             self.ledger.enter(key, fate, written)
@@ -88,6 +91,10 @@ class Artefact(ExitStack):
         """Write one tensor that stays."""
         fate = f"copied: {because}" if because else "copied"
         self._hand(key, fate, lambda export: export.keep(key, raw))
+
+    def tune(self, key: str, raw: Tensor) -> None:
+        """Write one tensor that stays in its dtype, with values of its own."""
+        self._hand(key, TUNED, lambda export: export.keep(key, raw))
 
     def _hand(self, key: str, fate: str, write: Callable[[Export], Written]) -> None:
         self._wait()
@@ -122,6 +129,27 @@ class Artefact(ExitStack):
             for export, own in zip(self.exports, self.ledger.places, strict=True)
         ]
         return {"fates": new, "exports": exports}
+
+    def withdraw(self, tuned: Collection[str]) -> None:
+        """What is written of weights, and of other ``tuned`` tensors of the source, counts as not
+        written; codes and zero levels in our own files stay, `put` must give them as they are."""
+        self._wait()
+        keys = [*self.contents.modules, *tuned]
+        for export, places in zip(self.exports, self.ledger.places, strict=True):
+            for key in keys:
+                for name, index in places.get(key, ()):
+                    if _moves(export.target, key, name):
+                        export.sink.crcs[name][index] = None
+        self._forget(keys)
+
+    def _forget(self, keys: Sequence[str]) -> None:
+        """What the ledger and the exports know of tensors."""
+        self.ledger.withdraw(keys)
+        self._told = len(self.ledger.fates)
+        for export in self.exports:
+            for key in keys:
+                module = self.contents.modules.get(key)
+                export.errors.pop(module.name if module else key, None)
 
     def _stop(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
@@ -158,11 +186,28 @@ class Artefact(ExitStack):
 def _settled(target: Target, n: int, rows: Sequence[Row]) -> dict[str, list[int | None]]:
     """What rows say of the files of the n-th target: CRC-32 of every piece of every tensor."""
     crcs: dict[str, list[int | None]] = {t.name: [None] * t.pieces for t in target.stored}
+    moving: dict[str, list[tuple[str, int]]] = {}
     for row in rows:
-        for places in row["exports"][n]["places"].values():
+        for key in _rewritten(row, target.contents):
+            for name, index in moving.get(key, ()):
+                crcs[name][index] = None
+        for key, places in row["exports"][n]["places"].items():
             for name, index, crc in places:
                 crcs[name][index] = crc
+            moving[key] = [(name, i) for name, i, _ in places if _moves(target, key, name)]
     return crcs
+
+
+def _rewritten(row: Row, contents: Contents) -> list[str]:
+    """Tensors that were to be written anew after this row (`autoround.run.whole`)."""
+    found = row.get("scales")
+    return [*contents.modules, *found["tuned"]] if found and found["file"] else []
+
+
+def _moves(target: Target, key: str, name: str) -> bool:
+    """Whether a tensor is another once ``key`` is tuned; codes in our own files are not."""
+    weight = target.format is CANONICAL and key in target.contents.modules
+    return not weight or name.endswith(".scale")
 
 
 def _settle_beside(directory: Path, shards: Collection[str]) -> None:

@@ -37,6 +37,7 @@ from autoround.run.events import BlockDone, BlockFailed, BlockStarted, Resumed, 
 from autoround.run.journal import Journal
 from autoround.run.plan import Layer
 from autoround.run.record import BlockReport, Run, peak_bytes
+from autoround.run.whole import Whole
 from autoround.stages import (
     BlockTask,
     Feedback,
@@ -98,6 +99,8 @@ class Engine:
                     Search().run(task)
                 if tokens is not None or self.journal.due():
                     self._commit({"received": {}})
+        if tokens is not None and self.recipe.end_to_end:
+            Whole(self).run(tokens)
 
     @property
     def done(self) -> set[int]:
@@ -114,15 +117,15 @@ class Engine:
             {"input_ids": row} for row in rows * (2 if self.recipe.enable_quanted_input else 1)
         ]
         if state is not None and state.get("file"):
-            with self._forwards(inputs, len(rows)) as forwards:
+            with self.forwards(inputs, len(rows)) as forwards:
                 if self._placed(forwards, state):
                     self._blocks(forwards, len(rows), None)
                     return
-        with self._forwards(inputs, len(rows)) as forwards:
+        with self.forwards(inputs, len(rows)) as forwards:
             self._blocks(forwards, len(rows), state and state["received"])
 
     @contextlib.contextmanager
-    def _forwards(self, inputs: list[dict[str, Tensor]], n: int) -> Iterator[PausedForwards]:
+    def forwards(self, inputs: list[dict[str, Tensor]], n: int) -> Iterator[PausedForwards]:
         """All forwards, each at its first block."""
         model, modules = self.streamed.model, self.streamed.blocks.modules
         forwards = PausedForwards(model, modules, inputs, self._adopt(n))
@@ -184,7 +187,7 @@ class Engine:
 
     def _replay(self, index: int, calls: dict[int, Call], forwards: PausedForwards, n: int) -> None:
         """A block that is done: both chains go on with the weights that are written."""
-        with self._task(index) as task:
+        with self.task(index) as task:
             for outputs in self._tune(task, calls, n, written=True):
                 if index < self.last:
                     forwards.resume(outputs)
@@ -202,7 +205,7 @@ class Engine:
         """A materialised block as a task; packed, written and reported on leaving."""
         started, name = time.perf_counter(), self.streamed.blocks.names[index]
         self.out.tell(BlockStarted(index, name))
-        with self._task(index) as task:
+        with self.task(index) as task:
             try:
                 yield task
             except Exception as error:
@@ -218,14 +221,14 @@ class Engine:
         self.out.blocks.append(report)
 
     @contextlib.contextmanager
-    def _task(self, index: int) -> Iterator[BlockTask]:
+    def task(self, index: int) -> Iterator[BlockTask]:
         """A block with its parameters, proven to be the checkpoint's."""
         name = self.streamed.blocks.names[index]
         with self.streamed.block(index) as module:
             layers = {
                 _inside(x, name): _layer_task(x, self.streamed) for x in self.plan.blocks[index]
             }
-            yield BlockTask(index, module, layers, self._computing)
+            yield BlockTask(index, module, layers, self.computing)
 
     def _run_stages(self, task: BlockTask) -> None:
         for stage in self.stages:
@@ -265,7 +268,7 @@ class Engine:
         quants = Samples({i - n: call for i, call in calls.items() if i >= n}, device)
         calls.clear()
         task.x, task.floats = quants if quants.indices else floats, floats
-        outputs = self._float_outputs(task, floats)
+        outputs = self.float_outputs(task, floats)
         if not written:
             task.y = {i: hidden(out) for i, out in outputs.items()}
             task.held = held_out(self.recipe, task.x.indices)
@@ -319,7 +322,7 @@ class Engine:
                     outputs[i] = (row, *piece[1:]) if isinstance(piece, tuple) else row
         return outputs
 
-    def _float_outputs(self, task: BlockTask, floats: Samples) -> dict[int, Any]:
+    def float_outputs(self, task: BlockTask, floats: Samples) -> dict[int, Any]:
         """Raises InputError for a block that does not run as its config has it."""
         try:
             return self._forward_all(task, floats, {}, self._finite)
@@ -347,7 +350,7 @@ class Engine:
             )
 
     @contextlib.contextmanager
-    def _computing(self) -> Iterator[None]:
+    def computing(self) -> Iterator[None]:
         """bf16 arithmetic for f32 models; other models compute in their own dtype.
 
         Afterwards the samples' memory is given back where they lie in files.

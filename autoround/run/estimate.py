@@ -20,6 +20,7 @@ from autoround.models.store import COPIES, available_bytes
 from autoround.models.survey import WeightView
 from autoround.recipe import Recipe
 from autoround.run.plan import Layer, ModelPlan
+from autoround.stages.end_to_end import BATCH, LOGITS, TOKENS
 from autoround.verify.check import PIECE
 
 #: What a run adds to a process that has made its plan: code and pools of kernels, the tokenizer.
@@ -39,6 +40,9 @@ MATRIX = 24
 ROUNDED = {2: 6, 4: 8}
 #: Bytes per weight of a block under SignRound: v and its best in f32, rounded weights, gradients.
 STEPS = {2: 12, 4: 16}
+#: Bytes of a scale while all are tuned (value, change, gradient, two of Adam's); of a logit with
+#: its gradient, as the model puts it out and in f32.
+SCALE, LOGIT = 20, 14
 #: Hidden states of all samples that are held at most while a block is worked on.
 HELD = 4
 #: Bytes of a forward that waits between blocks: its stack, what its thread keeps, its arguments.
@@ -70,13 +74,14 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What decides the memory of the largest block: bytes an element, tokens a batch, and so on.
+    """What decides the memory of the largest block: bytes an element, tokens a sample and a batch.
 
     ``hidden``: bytes of one copy of all samples' hidden states. ``outputs``: bytes that each layer
     puts out for a batch, in bf16; experts count as often as a token visits them.
     """
 
     itemsize: int
+    seqlen: int
     tokens: int
     hidden: int
     outputs: tuple[float, ...]
@@ -100,7 +105,7 @@ def needs(
     held = HELD if recipe.enable_quanted_input else HELD // 2
     low_memory = low_memory or COPIES * shape.hidden > available_bytes() // 2
     states = 0 if low_memory else held * shape.hidden
-    work = _work(plan, recipe, shape)
+    work = max(_work(plan, recipe, shape), _whole(plan, recipe, shape))
     forwards = FORWARD * recipe.nsamples * (2 if recipe.enable_quanted_input else 1)
     tables = _outside(plan.contents)
     block = shape.stored + work + tables
@@ -132,6 +137,7 @@ def shape_of(plan: ModelPlan, recipe: Recipe) -> Shape:
     outputs = (layer.view.shape[0] * visits(layer.view, config) for layer in largest)
     return Shape(
         itemsize,
+        seqlen,
         tokens,
         recipe.nsamples * seqlen * width * itemsize,
         tuple(2 * tokens * n for n in outputs),
@@ -166,6 +172,23 @@ def _work(plan: ModelPlan, recipe: Recipe, shape: Shape) -> int:
     systems = max((_system(group) for group in groups(largest)), default=0.0)
     work = max(alive(MOMENTS), alive(KEPT) + systems)
     return int(work + ROUNDED[size] * shape.weights)
+
+
+def _whole(plan: ModelPlan, recipe: Recipe, shape: Shape) -> int:
+    """Bytes that come and go in the end-to-end stage; one block's weights are there at a time."""
+    if not recipe.end_to_end:
+        return 0
+    config = plan.contents.config.get("text_config") or plan.contents.config
+    seqlen = shape.seqlen
+    samples = max(1, min(BATCH, TOKENS // seqlen))
+    wide = WIDE if shape.itemsize == 4 else 1.0
+    forwards = GRADIENTS[1] * wide * sum(shape.outputs) * samples * seqlen / shape.tokens
+    inputs = len(plan.blocks) * samples * shape.hidden / recipe.nsamples
+    logits = LOGIT * min(LOGITS, 2 * samples * seqlen * int(config.get("vocab_size") or 0))
+    scales = SCALE * sum(x.view.shape[0] * x.spec.groups(x.view.shape[1]) for x in plan.layers)
+    largest = max((math.prod(x.view.shape) for x in plan.layers), default=0)
+    block = (shape.itemsize + 1) * shape.weights + 2 * shape.itemsize * largest
+    return int(forwards + inputs + logits + scales + block)
 
 
 def groups(block: Sequence[Layer]) -> list[list[Layer]]:
@@ -262,6 +285,7 @@ SAVINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--low-cpu-mem-usage", {"low_memory": True}),
     ("--batch-size 4", {"batch_size": 4}),
     ("--batch-size 1", {"batch_size": 1}),
+    ("--end-to-end 0", {"end_to_end": 0}),
     ("--nsamples 32", {"nsamples": 32}),
     ("--seqlen 512", {"seqlen": 512}),
     ("--nsamples 8", {"nsamples": 8}),

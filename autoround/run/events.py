@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from autoround.calib import TokenSet
     from autoround.run.plan import ModelPlan
-    from autoround.run.record import BlockReport, Run
+    from autoround.run.record import BlockReport, Run, WholeReport
     from autoround.stages import BlockTask
 
 
@@ -70,13 +70,30 @@ class BlockDone:
 
 
 @dataclass(frozen=True, slots=True)
+class WholeStarted:
+    """All blocks are done, and the model is tuned as a whole; steps are told as `Step`."""
+
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class WholeDone:
+    """What came of that; the weights are written."""
+
+    report: "WholeReport"
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """Everything is written and read back."""
 
     run: "Run"
 
 
-Event = Planned | Calibrated | Resumed | BlockStarted | Step | BlockFailed | BlockDone | Finished
+Event = (
+    Planned | Calibrated | Resumed | BlockStarted | Step | BlockFailed | BlockDone | WholeStarted
+    | WholeDone | Finished
+)  # fmt: skip
 Listener = Callable[[Event], None]
 
 
@@ -102,6 +119,7 @@ def to_json(event: Event) -> dict[str, Any]:
     resumed: blocks; block_started: index, name; step: t, loss; block_failed: index, name,
     error;
     block_done: index, name, loss_rtn, loss, seconds, peak_bytes, sparse_experts, experts;
+    whole_started: steps; whole_done: loss_before, loss, kept, or because;
     finished: output, seconds, peak_bytes, nbytes, directories (each with its proof).
     """
     return {"event": _name(event)} | _fields(event)
@@ -138,6 +156,10 @@ def _fields(event: Event) -> dict[str, Any]:
         case BlockDone(report):
             values = asdict(report)
             return {k: None if v != v else v for k, v in values.items()}  # NaN is no JSON
+        case WholeStarted(steps):
+            return {"steps": steps}
+        case WholeDone(whole):
+            return whole.to_json()
         case Finished(run):
             proofs = {str(v.directory): str(v) for v in run.verdicts}
             return {

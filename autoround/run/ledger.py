@@ -31,6 +31,12 @@ class Ledger:
         for own, written in zip(self.places, places, strict=True):
             own[key] = written
 
+    def withdraw(self, keys: Collection[str]) -> None:
+        """Tensors that will be written again."""
+        for written in (self.fates, *self.places):
+            for key in keys:
+                written.pop(key, None)  # type: ignore[attr-defined]
+
     def balance(
         self,
         source: Collection[str],

@@ -40,6 +40,33 @@ class BlockReport:
     experts: dict[str, list[int]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class WholeReport:
+    """Held-out loss before and after the end-to-end stage; or why it was left out."""
+
+    before: float = math.nan
+    after: float = math.nan
+    because: str | None = None
+
+    @property
+    def kept(self) -> bool:
+        """Whether the weights are those of the stage."""
+        return self.after < self.before
+
+    def __str__(self) -> str:
+        if self.because:
+            return f"scales are not tuned end to end: {self.because}"
+        change = f"{self.before:.3e} -> {self.after:.3e} ({self.after / self.before - 1:+.1%})"
+        kept = "" if self.kept else "; the blocks' own are kept"
+        return f"scales tuned end to end, held-out loss {change}{kept}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: NaN would not be JSON."""
+        if self.because:
+            return {"because": self.because}
+        return {"loss_before": self.before, "loss": self.after, "kept": self.kept}
+
+
 @dataclass(slots=True)
 class Run:
     """What a finished run leaves: the artefact's directory and how it came about.
@@ -55,6 +82,7 @@ class Run:
     source_bytes: int
     signature: Signature = field(default_factory=dict)
     blocks: list[BlockReport] = field(default_factory=list)
+    whole: WholeReport | None = None
     verdicts: list[Verdict] = field(default_factory=list)
     seconds: float = 0.0
     peak_bytes: int = 0
@@ -90,6 +118,7 @@ class Run:
         return {
             **self.signature,
             "blocks": losses if self.tokens else [],
+            **({"end_to_end": self.whole.to_json()} if self.whole else {}),
             "tensors": {key: fates[key] for key in self.plan.fates},
             "kept": self.plan.kept_because,
         }

@@ -30,6 +30,10 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "signround": ("llama", (*FAST, "--iters", "2")),
     "two formats": ("qwen3", (*FAST, "--format", "auto_gptq,mlx", "--low-cpu-mem-usage")),
     "experts": ("qwen3_moe", (*FAST, "--format", "mlx")),
+    "end to end": (
+        "llama",
+        (*FAST, "--end-to-end", "2", "--format", "auto_gptq,mlx", "--bits", "2"),
+    ),
     "no model": ("mixtral", ("--recipe", "rtn", "--group-size", "32", "--max-shard-size", "1MB")),
     "model, no data": ("gpt2", ("--recipe", "rtn", "--group-size", "32")),
 }
@@ -144,7 +148,7 @@ def test_killed(name: str, forks: Forks, tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("name", RUNS)
 def test_killed_again_and_again(name: str, seed: int, forks: Forks, tmp_path: Path) -> None:
-    """Three times on its way to the end; a run that gets there begins anew. 216 in all."""
+    """Three times on its way to the end; a run that gets there begins anew. 252 in all."""
     chance, died, out = random.Random(f"{name} {seed}"), 0, tmp_path / "0"
     while died < 3:
         if kill(forks, name, out, chance):

@@ -101,6 +101,8 @@ def test_stopped_at_every_block(
         ("llama", None, {"enable_quanted_input": False}),
         ("llama", None, {"format": "auto_gptq,mlx", "quant_lm_head": True}),
         ("llama", None, {"low_cpu_mem_usage": True}),
+        ("llama", None, {"end_to_end": 2, "format": "mlx,fake", "quant_lm_head": True}),
+        ("qwen3_moe", None, {"end_to_end": 2, "format": "mlx", "bits": 4}),
         ("llama", None, {"max_shard_size": "1MB", "ignore_layers": ("layers.1",)}),
         ("qwen3_moe", "signround2", {"iters": 2}),
         ("qwen3_moe", None, {"format": "mlx", "bits": 4}),
