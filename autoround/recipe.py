@@ -119,7 +119,7 @@ class Recipe:
 #: The first is the default.
 RECIPES: dict[str, Recipe] = {
     "autoround": Recipe(),
-    "best": Recipe(nsamples=512, end_to_end=120),
+    "best": Recipe(nsamples=512, end_to_end=200),
     "light": Recipe(nsamples=32),
     "signround": Recipe(feedback=False),
     "signround-best": Recipe(feedback=False, iters=1000, nsamples=512),

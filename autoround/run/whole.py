@@ -159,9 +159,10 @@ class Whole:
         modules = self.plan.contents.modules
         found = [self.artefact.read(modules[part.key]).parts for part in layer.view.parts]
         parts = {
-            name: torch.cat([own[name] for own in found]).to(self.streamed.device)
-            for name in found[0]
+            name: torch.cat([own[name] for own in found]) if len(found) > 1 else whole
+            for name, whole in found[0].items()
         }
+        parts = {name: part.to(self.streamed.device) for name, part in parts.items()}
         return QTensor(layer.spec, layer.view.shape, "plain", parts)
 
     # ---- writing --------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from autoround.stages.signround import Cyclic
+from autoround.stages.signround import LOSS_SCALE, Cyclic
 from autoround.stages.task import chunks
 from hal import QTensor, Spec
 
@@ -134,6 +134,24 @@ class _Dequantized(torch.autograd.Function):
         return out * of.start, None
 
 
+class _Divergence(torch.autograd.Function):
+    """Mean KL(softmax(other) || softmax(own)) over all but the last dimension; its gradient is the
+    difference of the two, which is all that is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, other: Tensor) -> Tensor:
+        p, q = (F.log_softmax(x, -1, dtype=torch.float32) for x in (other, own))
+        apart = p - q
+        p.exp_()
+        count = q.numel() // q.shape[-1]
+        ctx.save_for_backward(q.exp_().sub_(p).div_(count).to(own.dtype))
+        return apart.mul_(p).sum() / count
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.saved_tensors[0] * grads[0], None
+
+
 @dataclass(slots=True)
 class ModelTask:
     """The rounded model: everything in it is real, but modules make their own weights.
@@ -178,8 +196,7 @@ class ModelTask:
             every = stride(self.ids.shape[1], self.head)
             stack.enter_context(_beside(self.head, self.projection, teacher, every))
             own, other = self.model(input_ids=ids, use_cache=False).logits.chunk(2)
-        own, other = F.log_softmax(own.float(), -1), F.log_softmax(other.float(), -1)
-        divergence: Tensor = (other.exp() * (other - own)).sum(-1).mean()
+        divergence: Tensor = _Divergence.apply(own, other.detach())  # type: ignore[no-untyped-call]
         return divergence
 
 
@@ -264,7 +281,7 @@ class EndToEnd:
     batch: int = BATCH
     tokens: int = TOKENS
     rate: float = 3e-3
-    freely: float = 1e-2
+    freely: float = 5e-3
     warm: int = 5
 
     def refuse(self, task: ModelTask) -> str | None:
@@ -295,8 +312,11 @@ class EndToEnd:
             rows, total = visits.next(), 0.0
             for micro in chunks(rows, size):
                 loss = task.loss(micro) * (len(micro) / len(rows))
-                loss.backward()  # type: ignore[no-untyped-call]
+                (loss * LOSS_SCALE).backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach())
+            for change in changes:
+                if change.grad is not None:  # a module that text does not reach has none
+                    change.grad.div_(LOSS_SCALE)
             optimizer.step()
             self.on_step(t, total)
         after = _judged(task, size)
