@@ -42,10 +42,10 @@ sanitize() {
 
 # Whole runs: the files are proven by their format's reader, as always.
 tune() {
-  for recipe in rtn autoround signround; do
-    "$PY" -m autoround quantize benchmarks/models/pgdoc -o "$OUT/pgdoc-$recipe" --recipe "$recipe" \
-      $([[ $recipe == signround ]] && echo --iters 50) || return
-    rm -rf "$OUT/pgdoc-$recipe"
+  local some="--nsamples 32 --seqlen 512" recipe
+  for recipe in rtn "autoround $some" "signround $some --iters 50"; do
+    "$PY" -m autoround quantize benchmarks/models/pgdoc -o "$OUT/pgdoc" --recipe $recipe || return
+    rm -rf "$OUT/pgdoc"
   done
 }
 

@@ -29,7 +29,7 @@ def test_under_the_interpreter(which: tuple[str | Path, ...], least: int) -> Non
         text=True,
     )
     if "only 0-dimensional arrays can be converted" in done.stdout:
-        pytest.skip("Triton 3.6's interpreter needs NumPy below 2.4: int() of arrays of one element")
+        pytest.skip("Triton 3.6's interpreter needs NumPy below 2.4 (int() of one-element arrays)")
     assert done.returncode == 0, done.stdout[-4000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
