@@ -36,6 +36,37 @@ HAL_DEVICE Words2 stream2(const uint32_t* at) {
   return v;
 }
 
+// Copies of COUNT words (4 or 2) to shared memory that nobody waits for. Those a thread has begun since
+// its last commit() are a batch; arrived<LATE>() waits for all of its batches but the last LATE. Only
+// what a thread copied itself is then there for it.
+template <int COUNT>
+HAL_DEVICE void copy(uint32_t* to, const uint32_t* from) {
+  static_assert(COUNT == 4 || COUNT == 2, "16 or 8 bytes");
+  const uint32_t at = (uint32_t)__cvta_generic_to_shared(to);
+  if constexpr (COUNT == 4) {  // past the first-level cache
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(at), "l"(from) : "memory");
+  }
+}
+
+HAL_DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int LATE>
+HAL_DEVICE void arrived() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(LATE) : "memory");
+}
+
+HAL_DEVICE Words4 shared4(const uint32_t* at) {
+  const uint4 v = *reinterpret_cast<const uint4*>(at);
+  return {{v.x, v.y, v.z, v.w}};
+}
+
+HAL_DEVICE Words2 shared2(const uint32_t* at) {
+  const uint2 v = *reinterpret_cast<const uint2*>(at);
+  return {{v.x, v.y}};
+}
+
 HAL_DEVICE float bits_to_float(uint32_t v) { return __uint_as_float(v); }
 
 // Half of a warp as a team of csrc/team.h; its halves may go different ways.
@@ -66,6 +97,7 @@ struct Bf16 {
   static HAL_DEVICE float load(const void* at, int64_t i) {
     return __bfloat162float(static_cast<const __nv_bfloat16*>(at)[i]);
   }
+  static HAL_DEVICE float number(uint16_t bits) { return bits_to_float((uint32_t)bits << 16); }
   static HAL_DEVICE void store(void* at, int64_t i, float v) {
     static_cast<__nv_bfloat16*>(at)[i] = __float2bfloat16(v);
   }
@@ -91,6 +123,7 @@ struct F16 {
   static HAL_DEVICE float load(const void* at, int64_t i) {
     return __half2float(static_cast<const __half*>(at)[i]);
   }
+  static HAL_DEVICE float number(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
   static HAL_DEVICE void store(void* at, int64_t i, float v) {
     static_cast<__half*>(at)[i] = __float2half(v);
   }

@@ -6,11 +6,11 @@
 
 namespace hal_cuda {
 
-// Blocks of an SM: enough loads in flight, and registers that do not spill.
+// Blocks of an SM: registers that do not spill, and 32 to 48 KB of codes under way.
 template <class T, int BITS, int TILES, int GROUP>
-__global__ void __launch_bounds__(WARPS* LANES, TILES == 4 ? 1 : 4 - TILES) product_kernel(Product p) {
-  __shared__ float sums[WARPS][ROWS * 8 * TILES];
-  product<T, BITS, TILES, GROUP>(p, sums);
+__global__ void __launch_bounds__(WARPS* LANES, TILES == 4 ? 1 : 2) product_kernel(Product p) {
+  __shared__ __align__(16) Shared<BITS, TILES> shared;
+  product<T, BITS, TILES, GROUP>(p, shared);
 }
 
 template <class T, int BITS>

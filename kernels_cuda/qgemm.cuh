@@ -5,7 +5,8 @@
 //
 // Codes minus their zero level are integers below 256, exact in bf16 and f16: a group's sum is of
 // exact products in f32, and its scale comes after it. A warp takes a tile of 16 rows and every
-// WARPS-th chunk of 128 columns; sums of the warps are added first to last.
+// WARPS-th chunk of 128 columns; sums of the warps are added first to last. The codes of its next chunks
+// are on their way through shared memory meanwhile (cp.async), its next scales in registers.
 //
 // Fragment order of a chunk of a tile. Lane l holds rows l / 4 and l / 4 + 8; of columns 16 j .. 16 j
 // + 15 (step j of 8) it holds 4 (l % 4) .. + 3, two pairs of neighbours. The 16 pairs of a row lie in
@@ -47,6 +48,84 @@ HAL_DEVICE Words<COUNT> load_words(const uint32_t* at, int lane) {
     v.w[COUNT - 1] = two.w[1];
   }
   return v;
+}
+
+// A warp's next chunks. A lane copies the words that it reads itself, so none waits for another.
+template <int BITS>
+struct Ring {
+  static constexpr int STAGES = BITS <= 4 ? 4 : BITS == 5 ? 3 : 2;  // with the sums, 48 KB at most
+  static constexpr int COUNT = 2 * BITS;                            // words of a lane in a chunk
+  uint32_t stages[STAGES][COUNT * LANES];
+
+  HAL_DEVICE void begin(int stage, const uint32_t* at, int lane) {
+    uint32_t* to = stages[stage];
+#pragma unroll
+    for (int i = 0; i + 4 <= COUNT; i += 4) {
+      copy<4>(to + i * LANES + lane * 4, at + i * LANES + lane * 4);
+    }
+    if constexpr (COUNT % 4 != 0) {
+      const int last = (COUNT - 2) * LANES + lane * 2;
+      copy<2>(to + last, at + last);
+    }
+  }
+
+  HAL_DEVICE Words<COUNT> words(int stage, int lane) const {
+    const uint32_t* at = stages[stage];
+    Words<COUNT> v;
+#pragma unroll
+    for (int i = 0; i + 4 <= COUNT; i += 4) {
+      const Words4 four = shared4(at + i * LANES + lane * 4);
+#pragma unroll
+      for (int j = 0; j < 4; j++) v.w[i + j] = four.w[j];
+    }
+    if constexpr (COUNT % 4 != 0) {
+      const Words2 two = shared2(at + (COUNT - 2) * LANES + lane * 2);
+      v.w[COUNT - 2] = two.w[0];
+      v.w[COUNT - 1] = two.w[1];
+    }
+    return v;
+  }
+};
+
+// What the warps of a block share.
+template <int BITS, int TILES>
+struct Shared {
+  Ring<BITS> rings[WARPS];
+  float sums[WARPS][ROWS * 8 * TILES];
+};
+
+// Scales and zero levels of a lane's two rows for the COUNT groups of a chunk, as they are stored: to
+// make numbers of them here would be to wait for them.
+template <int COUNT>
+struct Scales {
+  uint32_t scale[COUNT][2];
+  uint8_t zero[COUNT][2];
+};
+
+template <int BITS, int GROUP>
+HAL_DEVICE Scales<STEPS / GROUP> load_scales(const Product& p, int64_t tile, int chunk, int row) {
+  Scales<STEPS / GROUP> v;
+#pragma unroll
+  for (int g = 0; g < STEPS / GROUP; g++) {
+    const int column = chunk * CHUNK + g * GROUP * STEP;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      v.scale[g][half] = 0;
+      v.zero[g][half] = 1 << (BITS - 1);
+      if (column >= p.k) continue;
+      const int64_t at = (tile * p.groups + (column >> p.shift)) * ROWS + row + 8 * half;
+      v.scale[g][half] = p.scale_dtype == FLOAT_F32 ? static_cast<const uint32_t*>(p.scale)[at]
+                                                    : static_cast<const uint16_t*>(p.scale)[at];
+      if (p.zero) v.zero[g][half] = p.zero[at];
+    }
+  }
+  return v;
+}
+
+HAL_DEVICE float number(uint32_t bits, int dtype) {
+  return dtype == FLOAT_F32    ? bits_to_float(bits)
+         : dtype == FLOAT_BF16 ? Bf16::number((uint16_t)bits)
+                               : F16::number((uint16_t)bits);
 }
 
 template <int WIDTH>
@@ -112,21 +191,35 @@ HAL_DEVICE void load_x(const Product& p, int token, int end, int column, uint32_
 // GROUP: steps of a group, at most 8.
 template <class T, int BITS, int TILES, int GROUP>
 HAL_DEVICE void tile_product(const Product& p, int64_t tile, int first, int end,
-                             float (*sums)[ROWS * 8 * TILES]) {
+                             Shared<BITS, TILES>& shared) {
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
   const int row = lane / 4, part = lane % 4;
   const uint32_t* codes = p.codes + tile * p.chunks * 2 * BITS * LANES;
+  Ring<BITS>& ring = shared.rings[warp];
+  constexpr int STAGES = Ring<BITS>::STAGES;
+  const auto begin = [&](int chunk, int stage) {
+    if (chunk < p.chunks) ring.begin(stage, codes + chunk * 2 * BITS * LANES, lane);
+    commit();
+  };
+  for (int s = 0; s < STAGES - 1; s++) begin(warp + s * WARPS, s);
+  constexpr bool EARLY = GROUP >= 4;  // scales of narrower groups would take the registers of others
+  Scales<STEPS / GROUP> next;
+  if constexpr (EARLY) next = load_scales<BITS, GROUP>(p, tile, warp, row);
   float total[TILES][4] = {};
+  int stage = 0;
   for (int chunk = warp; chunk < p.chunks; chunk += WARPS) {
-    const Words<2 * BITS> words = load_words<2 * BITS>(codes + chunk * 2 * BITS * LANES, lane);
+    begin(chunk + (STAGES - 1) * WARPS, (stage + STAGES - 1) % STAGES);
+    arrived<STAGES - 1>();
+    const Words<2 * BITS> words = ring.words(stage, lane);
+    stage = (stage + 1) % STAGES;
+    if constexpr (!EARLY) next = load_scales<BITS, GROUP>(p, tile, chunk, row);
+    const Scales<STEPS / GROUP> scales = next;
+    if constexpr (EARLY) next = load_scales<BITS, GROUP>(p, tile, chunk + WARPS, row);
 #pragma unroll
     for (int start = 0; start < STEPS; start += GROUP) {
-      const int column = chunk * CHUNK + start * STEP;
-      if (column >= p.k) break;
-      const int64_t at = (tile * p.groups + (column >> p.shift)) * ROWS + row;
-      const float zero0 = p.zero ? p.zero[at] : 1 << (BITS - 1);
-      const float zero8 = p.zero ? p.zero[at + 8] : 1 << (BITS - 1);
-      const auto z0 = Decode<T, BITS>::zero(zero0), z8 = Decode<T, BITS>::zero(zero8);
+      if (chunk * CHUNK + start * STEP >= p.k) break;
+      const auto z0 = Decode<T, BITS>::zero(scales.zero[start / GROUP][0]);
+      const auto z8 = Decode<T, BITS>::zero(scales.zero[start / GROUP][1]);
       float dot[TILES][4] = {};
 #pragma unroll
       for (int step = start; step < start + GROUP; step++) {
@@ -144,8 +237,8 @@ HAL_DEVICE void tile_product(const Product& p, int64_t tile, int first, int end,
           T::mma(dot[t], a, b);
         }
       }
-      const float s0 = load_float(p.scale, at, p.scale_dtype);
-      const float s8 = load_float(p.scale, at + 8, p.scale_dtype);
+      const float s0 = number(scales.scale[start / GROUP][0], p.scale_dtype);
+      const float s8 = number(scales.scale[start / GROUP][1], p.scale_dtype);
 #pragma unroll
       for (int t = 0; t < TILES; t++) {
         total[t][0] += s0 * dot[t][0];
@@ -160,7 +253,7 @@ HAL_DEVICE void tile_product(const Product& p, int64_t tile, int first, int end,
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int token = 8 * t + 2 * part + i % 2;
-      sums[warp][token * ROWS + row + i / 2 * 8] = total[t][i];
+      shared.sums[warp][token * ROWS + row + i / 2 * 8] = total[t][i];
     }
   }
   __syncthreads();
@@ -169,7 +262,7 @@ HAL_DEVICE void tile_product(const Product& p, int64_t tile, int first, int end,
     const int64_t column = (p.offsets ? tile % p.expert_tiles : tile) * ROWS + i % ROWS;
     if (token >= end || column >= p.n) continue;
     float sum = 0;
-    for (int w = 0; w < WARPS; w++) sum += sums[w][i];
+    for (int w = 0; w < WARPS; w++) sum += shared.sums[w][i];
     if (p.bias) sum += load_float(p.bias, column, p.bias_dtype);
     T::store(p.out, (int64_t)token * p.n + column, sum);
   }
@@ -177,7 +270,7 @@ HAL_DEVICE void tile_product(const Product& p, int64_t tile, int first, int end,
 
 // One block: a tile of 16 rows, with every gridDim.y-th 8 TILES of the tokens: all, or the expert's.
 template <class T, int BITS, int TILES, int GROUP>
-HAL_DEVICE void product(const Product& p, float (*sums)[ROWS * 8 * TILES]) {
+HAL_DEVICE void product(const Product& p, Shared<BITS, TILES>& shared) {
   const int64_t tile = blockIdx.x;
   int first = 0, end = p.m;
   if (p.offsets) {
@@ -186,7 +279,7 @@ HAL_DEVICE void product(const Product& p, float (*sums)[ROWS * 8 * TILES]) {
     end = p.offsets[expert + 1];
   }
   for (first += blockIdx.y * 8 * TILES; first < end; first += gridDim.y * 8 * TILES) {
-    tile_product<T, BITS, TILES, GROUP>(p, tile, first, end, sums);
+    tile_product<T, BITS, TILES, GROUP>(p, tile, first, end, shared);
     __syncthreads();  // the sums are read before the next are written
   }
 }

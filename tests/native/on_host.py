@@ -18,17 +18,18 @@ import pybind11
 from hal.backends import cuda
 from hal.registry import EMULATED
 
-HERE, KERNELS = Path(__file__).parent, Path(__file__).parents[2] / "kernels_cuda"
+ROOT = Path(__file__).parents[2]
 
 
-def build(folder: Path) -> Path:
-    """hal._cuda with its own binding and bodies, and launches that run on this machine."""
+def build(folder: Path, root: Path = ROOT) -> Path:
+    """hal._cuda of the sources below ``root``, with launches that run on this machine."""
+    here, kernels = root / "tests" / "native", root / "kernels_cuda"
     module = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-fvisibility=hidden"]
     flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-function"]
     flags += ["-Wno-clobbered"]  # of getcontext, which returns twice
-    found = [HERE, pybind11.get_include(), sysconfig.get_paths()["include"]]
-    sources = [KERNELS / "bind.cpp", HERE / "simt_groups.cpp", HERE / "simt_product.cpp"]
+    found = [here, pybind11.get_include(), sysconfig.get_paths()["include"]]
+    sources = [kernels / "bind.cpp", here / "simt_groups.cpp", here / "simt_product.cpp"]
     include = [f"-I{path}" for path in found]
     subprocess.run(["g++", *flags, *include, *sources, "-o", module], check=True)
     return module

@@ -9,6 +9,7 @@
 #include <string.h>
 #include <ucontext.h>
 
+#include <deque>
 #include <memory>
 #include <vector>
 
@@ -18,6 +19,13 @@ namespace simt {
 
 struct Index {
   int x, y, z;
+};
+
+// A copy that is under way: its place holds nothing until the thread has waited for it.
+struct Copy {
+  uint32_t* to;
+  const uint32_t* from;
+  int words;
 };
 
 enum State { RUNS, AT_TEAM, AT_WARP, AT_BLOCK, DONE };
@@ -35,6 +43,8 @@ struct Fiber {
   State state = RUNS;
   Offer offer;
   float given, shown[16];  // to the team; by all of the team
+  std::vector<Copy> open;  // begun since the last commit
+  std::deque<std::vector<Copy>> batches;
 };
 
 inline ucontext_t scheduler;
@@ -84,6 +94,8 @@ void run_block(int threads, Body& body) {
   entered = &body;
   for (Fiber& f : fibers) {
     f.state = RUNS;
+    f.open.clear();
+    f.batches.clear();
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.get();
     f.context.uc_stack.ss_size = 1 << 16;
@@ -166,6 +178,28 @@ struct Words2 {
 
 inline Words4 stream4(const uint32_t* at) { return {{at[0], at[1], at[2], at[3]}}; }
 inline Words2 stream2(const uint32_t* at) { return {{at[0], at[1]}}; }
+
+template <int COUNT>
+void copy(uint32_t* to, const uint32_t* from) {
+  memset(to, 0xA5, COUNT * 4);
+  simt::current->open.push_back({to, from, COUNT});
+}
+
+inline void commit() {
+  simt::current->batches.push_back(std::move(simt::current->open));
+  simt::current->open.clear();
+}
+
+template <int LATE>
+void arrived() {
+  auto& batches = simt::current->batches;
+  for (; batches.size() > LATE; batches.pop_front()) {
+    for (const simt::Copy& c : batches.front()) memcpy(c.to, c.from, c.words * 4);
+  }
+}
+
+inline Words4 shared4(const uint32_t* at) { return {{at[0], at[1], at[2], at[3]}}; }
+inline Words2 shared2(const uint32_t* at) { return {{at[0], at[1]}}; }
 
 inline float bits_to_float(uint32_t v) {
   float f;

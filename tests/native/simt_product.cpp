@@ -8,10 +8,10 @@ namespace {
 
 template <class T, int BITS, int TILES, int GROUP>
 void product_on_host(const Product& p) {
-  static float sums[WARPS][ROWS * 8 * TILES];
+  alignas(16) static Shared<BITS, TILES> shared;
   const int parts = (p.m + 8 * TILES - 1) / (8 * TILES);
   simt::run({p.tiles, p.offsets && parts > 2 ? 2 : parts, 1}, WARPS * LANES,
-            [&] { product<T, BITS, TILES, GROUP>(p, sums); });
+            [&] { product<T, BITS, TILES, GROUP>(p, shared); });
 }
 
 template <class T, int BITS>

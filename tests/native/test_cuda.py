@@ -37,6 +37,8 @@ CASES = [
     ("s8:g128:f16", 32, 384),
     ("u8:g32:f32:int", 17, 128),
     ("s3:g256:f16", 16, 1100),
+    ("s4:g128:f16", 16, 6300),  # six and seven chunks a warp, which has four under way
+    ("u8:g64:bf16:int", 16, 3300),
 ]
 
 
@@ -95,6 +97,42 @@ def test_products(
         out = torch.full((m, n), torch.nan, dtype=dtype)
         ROWS["cuda.qgemm"].fn(x, ready, bias, out)
         assert relative_error(out, want) < TOLERANCE[dtype], m
+
+
+#: Faults in how chunks pass through shared memory, each of which makes products wrong.
+EARLY = {
+    "read before it is there": ("arrived<STAGES - 1>()", "arrived<STAGES>()"),
+    "overwritten before it is read": ("(stage + STAGES - 1) % STAGES)", "stage)"),
+    "never waited for at the end": (
+        "    commit();\n  };",
+        "    if (chunk < p.chunks) commit();\n  };",
+    ),
+}
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(("right", "wrong"), EARLY.values(), ids=EARLY)
+def test_the_host_sees_what_is_not_waited_for(
+    right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("csrc", "kernels_cuda", "tests/native"):
+        shutil.copytree(HERE.parents[1] / folder, tmp_path / folder)
+    source = tmp_path / "kernels_cuda" / "qgemm.cuh"
+    text = source.read_text()
+    assert text.count(right) == 1
+    source.write_text(text.replace(right, wrong))
+    module = on_host.load(on_host.build(tmp_path, tmp_path))
+    monkeypatch.setattr(cuda, "_import", lambda: module)
+    monkeypatch.setattr(cuda, "_stream", lambda device: 0)
+    spec, k = hal.Spec.parse("s4:g128:f16"), 9 * 8 * 128  # nine chunks a warp
+    q = quantized(weights(16, k, 1), spec)
+    native = cuda.LAYOUTS[0].pack(q.parts, spec)
+    ready = Weight(spec, q.shape, 1, torch.float16, "cuda.fragments", native, ())
+    x, out = weights(1, k, 2).half(), torch.empty(1, 16, dtype=torch.float16)
+    ROWS["cuda.qgemm"].fn(x, ready, None, out)
+    want = x.double() @ hal.dequantize(q, dtype=torch.float32).double().T
+    assert not relative_error(out, want) < 0.1
 
 
 @needs_compiler
