@@ -315,4 +315,5 @@ def savings(recipe: Recipe, low_memory: bool) -> Iterator[tuple[str, Recipe, boo
             low_memory,
         )
     if recipe.calibrates:
-        yield "--recipe rtn", replace(recipe, feedback=False, search=False, iters=0), False
+        plain = replace(recipe, feedback=False, search=False, iters=0, end_to_end=0)
+        yield "--recipe rtn", plain, False

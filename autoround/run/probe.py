@@ -112,7 +112,7 @@ def few(recipe: Recipe) -> list[Recipe]:
         return [recipe]
     samples = sorted({min(n, recipe.nsamples) for n in SAMPLES})
     steps = sorted({min(n, recipe.iters) for n in STEPS})
-    least = replace(recipe, nsamples=samples[0], iters=steps[0])
+    least = replace(recipe, nsamples=samples[0], iters=steps[0], end_to_end=0)
     more = [replace(least, nsamples=n) for n in samples[1:]]
     return [least, *more, *(replace(least, iters=n) for n in steps[1:])]
 

@@ -125,6 +125,14 @@ def test_hidden_states_and_systems_are_counted(saved: Saved) -> None:
     assert "work on a block" not in planned("rtn", saved).needs.memory
 
 
+def test_end_to_end_is_counted(saved: Saved) -> None:
+    """At least what is there for sure: five numbers a scale, two logits a position in 10 bytes."""
+    found = planned("rtn", saved, nsamples=8, seqlen=16, end_to_end=2)
+    scales = sum(x.view.shape[0] * x.view.shape[1] // 32 for x in found.plan.layers)
+    logits = 2 * 4 * 16 * 128
+    assert found.needs.memory["work on a block"] > 20 * scales + 10 * logits
+
+
 def test_the_largest_system_is_that_of_the_widest_input(saved: Saved) -> None:
     plan = planned("light", saved).plan
     names = [[x.view.param.rsplit(".", 2)[1] for x in group] for group in groups(plan.blocks[0])]
@@ -158,6 +166,9 @@ def test_savings_only_name_what_changes_something() -> None:
     assert "--batch-size 1 --seqlen 512 --nsamples 8" in ways
     assert ways[-2].startswith("--format auto_round,")
     assert ways[-1] == "--recipe rtn"
+    best = [(words, made) for words, made, _ in savings(build_recipe("best", {}), low_memory=False)]
+    assert not dict(best)["--end-to-end 0"].end_to_end
+    assert not best[-1][1].calibrates
 
 
 def test_disk_and_device(saved: Saved) -> None:
