@@ -38,10 +38,11 @@ struct Groups {
 HAL_INLINE Groups groups_of(const HalShape& s, vf amin, vf amax, vf lo, vf hi) {
   Groups g;
   const float levels = (float)(1 << s.bits), half = levels / 2, top = levels - 1;
+  const float part = 1 / half;  // a power of two: the product is the quotient
   g.low = negative(mul(amin, lo));
   g.high = mul(amax, hi);
   const vf larger = max(g.low, g.high);
-  const vf exact = s.symmetric ? div(select(lt(g.high, g.low), larger, negative(larger)), set1(half))
+  const vf exact = s.symmetric ? mul(select(lt(g.high, g.low), larger, negative(larger)), set1(part))
                                : div(add(g.high, g.low), set1(top));
   const vf stored = rounded(exact, s.scale_dtype), least = set1(s.least);
   const vm down = lt(stored, set1(0));
@@ -53,11 +54,11 @@ HAL_INLINE Groups groups_of(const HalShape& s, vf amin, vf amax, vf lo, vf hi) {
 
 const int BATCH = 16;
 
-// What elements need to know of their groups.
+// What elements need to know of their groups. low, high: MAGIC + the first and the last level, counted
+// from zero.
 struct Batch {
-  Lanes scale, inverse, zero;
-  float top;
-  bool usual, twice;  // every |scale| < 2^100; see quotient
+  Lanes scale, inverse, zero, low, high;
+  bool usual, twice;  // every |scale| in [2^-100, 2^100); see quotient
 };
 
 HAL_INLINE Batch batch_of(const HalShape& s, const Groups& g) {
@@ -65,8 +66,14 @@ HAL_INLINE Batch batch_of(const HalShape& s, const Groups& g) {
   b.scale = lanes_of(g.scale);
   b.inverse = lanes_of(div(set1(1), g.scale));
   b.zero = lanes_of(g.zero);
-  b.top = (float)((1 << s.bits) - 1);
-  b.usual = most(g.scale) < 0x1p100f && least(g.scale) > -0x1p100f;
+  const vf low = sub(set1(MAGIC), g.zero);
+  b.low = lanes_of(low);
+  b.high = lanes_of(add(low, set1((float)((1 << s.bits) - 1))));
+#if HAL_FMA
+  b.usual = all_usual(g.scale);
+#else
+  b.usual = false;
+#endif
   b.twice = s.scale_dtype == HAL_F32;
   return b;
 }
@@ -77,16 +84,16 @@ HAL_INLINE Groups groups_at(const HalShape& s, const HalParams& p, int64_t i, in
                    load_n<HAL_F32>(p.lo + i, n), load_n<HAL_F32>(p.hi + i, n));
 }
 
-// One group of a batch. low, high: MAGIC + the first and the last level, counted from zero.
+// One group of a batch.
 struct Grid {
   vf scale, inverse, zero, low, high;
   bool usual, twice;
 };
 
 HAL_INLINE Grid grid_of(const Batch& b, int64_t i) {
-  const float zero = lane(b.zero, i);
-  return {set1(lane(b.scale, i)), set1(lane(b.inverse, i)),     set1(zero),
-          set1(MAGIC - zero),     set1(MAGIC + (b.top - zero)), b.usual, b.twice};
+  return {set1(lane(b.scale, i)), set1(lane(b.inverse, i)), set1(lane(b.zero, i)),
+          set1(lane(b.low, i)),   set1(lane(b.high, i)),    b.usual,
+          b.twice};
 }
 
 // a / scale correctly rounded, for usual scales; NaN if it overflows; less exact for |a| < 2^-100,
@@ -114,10 +121,21 @@ struct Way {
   static const int corrections = Corrections;
 };
 
-// MAGIC + level - zero of 16 weights, without offset; NaN for corrected quotients past the end of f32.
-template <class W>
+// Weights of F (8 or 11 bits) over scales of 11: a quotient is the middle of two levels, or 2^-12 away
+// from it and more. Counted in steps of 2^-14 (the last place of a float at FINE) the product with the
+// reciprocal is on the same side of every middle below 256 as the quotient, or on it: nothing is to be
+// corrected.
+const float FINE = 768.0f;
+template <int F>
+const bool has_short_way = HAL_FMA && F != HAL_F32;
+template <int F, class W>
+const bool short_way = has_short_way<F> && W::corrections == 1;
+
+// MAGIC + level - zero of 16 weights of F, without offset; NaN for corrected quotients past the end of f32.
+template <int F, class W>
 HAL_INLINE vf raw_level(vf w, const Grid& g, W) {
 #if HAL_FMA
+  if constexpr (short_way<F, W>) return add(fma(w, g.inverse, set1(FINE)), set1(MAGIC - FINE));
   if constexpr (W::corrections != 0) {
     return add(quick_quotient(w, g, W::corrections == 2), set1(MAGIC));
   }
@@ -194,12 +212,40 @@ HAL_INLINE void range_of(const Stored<F>* w, int64_t n, float* amin, float* amax
   *amax = most(max(high, high2));
 }
 
-// Squared errors of one group with grids first .. first + C of the batch.
-template <int F, int C>
-HAL_INLINE void errors_of(const Stored<F>* w, const float* importance, int64_t n, const Batch& b,
-                          int first, float* errors) {
-  Grid grid[C];
-  for (int c = 0; c < C; c++) grid[c] = grid_of(b, first + c);
+// Error of 16 weights of F. Where quotients need no correction, either level of two that are equally far
+// will do, and scale (11 bits) times level (8) is exact. Inside: no level is to be clipped.
+template <int F, bool Inside, class W>
+HAL_INLINE vf error_of(vf x, const Grid& g, W way) {
+#if HAL_FMA
+  if constexpr (short_way<F, W>) {
+    const vf raw = fma(x, g.inverse, set1(MAGIC));
+    return fnma(g.scale, sub(Inside ? raw : clipped(raw, g), set1(MAGIC)), x);
+  }
+#endif
+  return sub(mul(g.scale, sub(clipped(raw_level<F>(x, g, way), g), set1(MAGIC))), x);
+}
+
+// The ranges of up to 16 groups, one a lane.
+struct Ranges {
+  vf amin, amax;
+};
+
+template <int F>
+HAL_INLINE Ranges ranges_of(const HalShape& s, const Stored<F>* w, int64_t first, int64_t count) {
+  Lanes low = lanes_of(set1(0)), high = low;
+  each_of(s, first, count, [&](int64_t j, int64_t at, int64_t n) __attribute__((always_inline)) {
+    float amin, amax;
+    range_of<F>(w + at, n, &amin, &amax);
+    set_lane(low, j, amin);
+    set_lane(high, j, amax);
+  });
+  return {vector_of(low), vector_of(high)};
+}
+
+// Squared errors of one group of n weights in C grids: lane j of `errors`.
+template <int F, int C, bool Inside>
+HAL_INLINE void errors_of(const Stored<F>* w, const float* importance, int64_t n,
+                          const Grid (&grid)[C], int64_t j, Lanes (&errors)[C]) {
   divided(grid[0], [&](auto way) __attribute__((always_inline)) {
     vf sum[C], all = set1(0);
     for (int c = 0; c < C; c++) sum[c] = set1(0);
@@ -207,67 +253,86 @@ HAL_INLINE void errors_of(const Stored<F>* w, const float* importance, int64_t n
       const vf x = load_n<F>(w + i, left);
       const vf weight = importance ? load_n<HAL_F32>(importance + i, left) : set1(1);
       for (int c = 0; c < C; c++) {
-        const vf raw = raw_level(x, grid[c], way);
-        const vf level = sub(clipped(raw, grid[c]), set1(MAGIC));
-        const vf e = sub(mul(grid[c].scale, level), x), square = mul(e, e);
+        const vf e = error_of<F, Inside>(x, grid[c], way), square = mul(e, e);
         sum[c] = add(sum[c], importance ? mul(square, weight) : square);
       }
     });
-    for (int c = 0; c < C; c++) {
-      errors[c] = fold(sum[c]);
-      all = add(all, sum[c]);
-    }
+    for (int c = 0; c < C; c++) all = add(all, sum[c]);
+    set_folds(errors, j, sum);
     return all;
   });
 }
 
-// Tries candidates first .. first + C of a batch, which begins at `factors`.
-template <int F, int C>
-HAL_INLINE void try_factors(const Stored<F>* w, const float* importance, int64_t n, const Batch& b,
-                            int first, const float* factors, float* best, float* lowest) {
-  float errors[C];
-  errors_of<F, C>(w, importance, n, b, first, errors);
-  for (int c = 0; c < C; c++) {
-    if (errors[c] < *lowest) {
-      *lowest = errors[c];
-      *best = factors[first + c];
-    }
+// Of up to 16 groups, one a lane: the factor of the range with the least error so far.
+struct Best {
+  vf factor, error;
+};
+
+// Whether the ends of every range, and with them all weights, are levels without being clipped.
+template <int C>
+HAL_INLINE bool all_inside(const Batch (&b)[C], const Ranges& r) {
+#if HAL_FMA
+  vf room = set1(0);
+  for (const Batch& grids : b) {
+    const vf inverse = vector_of(grids.inverse), magic = set1(MAGIC);
+    const vf one = fma(r.amin, inverse, magic), other = fma(r.amax, inverse, magic);
+    room = min(room, sub(min(one, other), vector_of(grids.low)));
+    room = min(room, sub(vector_of(grids.high), max(one, other)));
   }
+  return least(room) >= 0;
+#else
+  (void)b;
+  (void)r;
+  return false;
+#endif
 }
 
-// The factor of the range [amin, amax] with the least error; the first of equals.
-template <int F>
-HAL_INLINE float best_factor(const HalSearch& a, const Stored<F>* w, const float* importance,
-                             int64_t n, float amin, float amax) {
-  float best = 1, lowest = __builtin_inff();
-  for (int64_t c = 0; c < a.n_factors; c += BATCH) {
-    const int count = (int)(a.n_factors - c < BATCH ? a.n_factors - c : BATCH);
-    const vf f = load_n<HAL_F32>(a.factors + c, count);
-    const Groups g = groups_of(a.s, mul(set1(amin), f), mul(set1(amax), f), set1(1), set1(1));
-    const Batch b = batch_of(a.s, g);
-    int j = 0;
-    for (; j + ABREAST <= count; j += ABREAST) {
-      try_factors<F, ABREAST>(w, importance, n, b, j, a.factors + c, &best, &lowest);
-    }
-    for (; j < count; j++) {
-      try_factors<F, 1>(w, importance, n, b, j, a.factors + c, &best, &lowest);
-    }
+// Tries C factors more; the first of equals stays.
+template <int F, int C>
+HAL_INLINE void try_factors(const HalSearch& a, int64_t first, int64_t count, const Ranges& r,
+                            const float* factors, Best* best) {
+  Batch b[C];
+  Lanes errors[C];
+  bool usual = true;
+  for (int c = 0; c < C; c++) {
+    const vf f = set1(factors[c]);
+    b[c] = batch_of(a.s, groups_of(a.s, mul(r.amin, f), mul(r.amax, f), set1(1), set1(1)));
+    errors[c] = lanes_of(set1(0));
+    usual = usual && b[c].usual;
   }
-  return best;
+  const bool inside = has_short_way<F> && all_inside(b, r);
+  each_of(a.s, first, count, [&](int64_t j, int64_t at, int64_t n) __attribute__((always_inline)) {
+    const float* importance = a.importance ? a.importance + at % a.s.k : nullptr;
+    const Stored<F>* w = (const Stored<F>*)a.w + at;
+    Grid grid[C];
+    for (int c = 0; c < C; c++) grid[c] = grid_of(b[c], j);
+    grid[0].usual = usual;
+    if constexpr (has_short_way<F>) {
+      if (inside) return errors_of<F, C, true>(w, importance, n, grid, j, errors);
+    }
+    errors_of<F, C, false>(w, importance, n, grid, j, errors);
+  });
+  for (int c = 0; c < C; c++) {
+    const vf error = vector_of(errors[c]);
+    const vm better = lt(error, best->error);
+    best->factor = select(better, set1(factors[c]), best->factor);
+    best->error = select(better, error, best->error);
+  }
 }
 
 HAL_VERB void search_groups(const HalSearch* a, int64_t from, int64_t end) {
   by_dtype(a->s.dtype, [&](auto dtype) __attribute__((always_inline)) {
     constexpr int F = decltype(dtype)::value;
-    each_of(a->s, from, end - from, [&](int64_t j, int64_t at, int64_t n)
-                                          __attribute__((always_inline)) {
-      const Stored<F>* w = (const Stored<F>*)a->w + at;
-      float amin, amax;
-      range_of<F>(w, n, &amin, &amax);
-      const float* importance = a->importance ? a->importance + at % a->s.k : nullptr;
-      const float best = best_factor<F>(*a, w, importance, n, amin, amax);
-      a->amin[from + j] = amin * best;
-      a->amax[from + j] = amax * best;
+    each_batch(from, end, [&](int64_t first, int64_t count) __attribute__((always_inline)) {
+      const Ranges r = ranges_of<F>(a->s, (const Stored<F>*)a->w, first, count);
+      Best best = {set1(1), set1(__builtin_inff())};
+      int64_t c = 0;
+      for (; c + ABREAST <= a->n_factors; c += ABREAST) {
+        try_factors<F, ABREAST>(*a, first, count, r, a->factors + c, &best);
+      }
+      for (; c < a->n_factors; c++) try_factors<F, 1>(*a, first, count, r, a->factors + c, &best);
+      store_n<HAL_F32>(a->amin + first, mul(r.amin, best.factor), count);
+      store_n<HAL_F32>(a->amax + first, mul(r.amax, best.factor), count);
     });
   });
 }
@@ -288,7 +353,7 @@ HAL_INLINE void each_level(const Stored<F>* w, const float* v, int64_t n, const 
     vf all = set1(0);
     each_vector(n, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
       ahead(w + i);
-      const vf raw = raw_level(load_n<F>(w + i, left), grid, way);
+      const vf raw = raw_level<F>(load_n<F>(w + i, left), grid, way);
       all = add(all, raw);
       body(i, clipped(raw, grid), left);
     });

@@ -68,23 +68,6 @@ HAL_INLINE void round_group(const Stored<F>* w, int64_t n, const Grid& grid, int
 
 #endif
 
-// The ranges of up to 16 groups, one a lane.
-struct Ranges {
-  vf amin, amax;
-};
-
-template <int F>
-HAL_INLINE Ranges ranges_of(const HalRound& a, int64_t first, int64_t count) {
-  Lanes low = lanes_of(set1(0)), high = low;
-  each_of(a.s, first, count, [&](int64_t j, int64_t at, int64_t n) __attribute__((always_inline)) {
-    float amin, amax;
-    range_of<F>((const Stored<F>*)a.w + at, n, &amin, &amax);
-    set_lane(low, j, amin);
-    set_lane(high, j, amax);
-  });
-  return {vector_of(low), vector_of(high)};
-}
-
 #if HAL_LEVEL >= HAL_LEVEL_AVX512
 
 // Numbers of 16 bits are in order by their bits: signed, the largest is the largest if any is positive;
@@ -130,7 +113,7 @@ HAL_INLINE Grid bare_grid(const Batch& b, int64_t j) {
 template <int F, class W>
 HAL_INLINE __m512i words_of(const Stored<F>* w, const Grid& g, W way) {
   const auto bits = [&](vf x) __attribute__((always_inline)) {
-    return _mm512_castps_si512(raw_level(x, g, way));
+    return _mm512_castps_si512(raw_level<F>(x, g, way));
   };
   if constexpr (F == HAL_BF16) {  // a word is the upper half of its float
     const __m512i x = _mm512_loadu_si512(w), upper = _mm512_set1_epi32((int)0xffff0000);
@@ -256,7 +239,7 @@ HAL_INLINE Ranges best_ranges(const HalRound& a, int64_t first, int64_t count, b
   }
 #endif
   *finite = false;
-  return ranges_of<F>(a, first, count);
+  return ranges_of<F>(a.s, (const Stored<F>*)a.w, first, count);
 }
 
 HAL_INLINE void put_scales(const HalRound& a, const Groups& g, int64_t first, int64_t count) {

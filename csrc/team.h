@@ -69,6 +69,11 @@ HAL_INLINE void set_lane(Lanes& l, int64_t i, float x) {
   if (team_lane() == i) l.all.own = x;
 }
 
+template <int C>
+HAL_INLINE void set_folds(Lanes (&l)[C], int64_t i, const vf (&x)[C]) {
+  for (int c = 0; c < C; c++) set_lane(l[c], i, fold(x[c]));
+}
+
 // One copy of the body: lanes past the end are switched off by its loads and stores.
 template <class Body>
 HAL_INLINE void each_vector(int64_t n, Body body) {

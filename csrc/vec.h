@@ -339,6 +339,28 @@ HAL_INLINE vf vector_of(const Lanes& l) { return load<HAL_F32>(l.at); }
 HAL_INLINE float lane(const Lanes& l, int64_t i) { return l.at[i]; }
 HAL_INLINE void set_lane(Lanes& l, int64_t i, float x) { l.at[i] = x; }
 
+// Lane i of each: the folded sum of a vector.
+template <int C>
+HAL_INLINE void set_folds(Lanes (&l)[C], int64_t i, const vf (&x)[C]) {
+#if HAL_LEVEL >= HAL_LEVEL_AVX512
+  if constexpr (C == 4) {  // two halves, four quarters side by side: 13 operations instead of 32
+    const auto join = [](vf a, vf b) __attribute__((always_inline)) {
+      return add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    };
+    const vf low = join(x[0], x[1]), high = join(x[2], x[3]);
+    vf all = add(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+    all = add(all, _mm512_permute_ps(all, 0x4e));
+    all = add(all, _mm512_permute_ps(all, 0xb1));
+    l[0].at[i] = _mm512_cvtss_f32(all);
+    l[1].at[i] = _mm_cvtss_f32(_mm512_extractf32x4_ps(all, 1));
+    l[2].at[i] = _mm_cvtss_f32(_mm512_extractf32x4_ps(all, 2));
+    l[3].at[i] = _mm_cvtss_f32(_mm512_extractf32x4_ps(all, 3));
+    return;
+  }
+#endif
+  for (int c = 0; c < C; c++) set_lane(l[c], i, fold(x[c]));
+}
+
 // Calls body(i, n) for 16 elements at a time, then for the n < 16 that are left. Two copies of the
 // body: a short tail copies memory by calls, and around a call no vector stays in a register.
 template <class Body>
@@ -349,10 +371,10 @@ HAL_INLINE void each_vector(int64_t n, Body body) {
 }
 
 // Hardware follows a stream up to the end of a 4 KB page only; 67 million weights through qdq_step
-// took 1.35 ns each without this, 0.69 with it.
+// took 1.35 ns each without this, 0.69 with 2 KB, a twentieth less with 3.
 template <class T>
 HAL_INLINE void ahead(const T* p) {
-  __builtin_prefetch((const char*)p + 2048);
+  __builtin_prefetch((const char*)p + 3072);
 }
 
 // The first n < 16 elements, the other lanes zero.

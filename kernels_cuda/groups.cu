@@ -15,9 +15,9 @@ __global__ void __launch_bounds__(TEAM* TEAMS, 1)
 }
 
 // 16 groups share the arithmetic of their scales, one a lane; but a device wants 128 teams for each of
-// its processors first. Verbs without such arithmetic take a group a team.
+// its processors first. Activations have no such arithmetic: a group a team.
 inline int groups_of_team(int verb, int64_t count, int units) {
-  if (verb == HAL_SEARCH || verb == HAL_QUANTIZE_ACT) return 1;
+  if (verb == HAL_QUANTIZE_ACT) return 1;
   int per = 16;
   while (per > 1 && count < (int64_t)units * 128 * per) per /= 2;
   return per;

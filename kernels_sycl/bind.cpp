@@ -112,7 +112,7 @@ struct Queue {
 };
 
 // 16 groups share the arithmetic of their scales, one a lane; but a device wants 32 teams for each of
-// its processors first. Verbs without such arithmetic take a group a team.
+// its processors first. Activations have no such arithmetic: a group a team.
 int groups_of_team(bool alone, int64_t count, int units) {
   int per = alone ? 1 : TEAM;
   while (per > 1 && count < static_cast<int64_t>(units) * 32 * per) per /= 2;
@@ -124,8 +124,7 @@ struct Sycl {
   template <class Args>
   static void run(const Verb<Args>& verb, Address queue, int units, const Args& a) {
     const int64_t count = a.s.n * a.s.groups;
-    const bool alone = verb.verb == HAL_SEARCH || verb.verb == HAL_QUANTIZE_ACT;
-    const int per = groups_of_team(alone, count, units);
+    const int per = groups_of_team(verb.verb == HAL_QUANTIZE_ACT, count, units);
     Queue(queue).launch(verb.name, {0, 0, false}, (count + per - 1) / per * TEAM, a, per);
   }
 };

@@ -108,6 +108,24 @@ def test_qdq(qdq: Kernel, place: torch.device) -> None:
         assert same(out.cpu(), codec.qdq(w, p, spec)), (spec, w.dtype, i)
 
 
+@each("qdq")
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_ties(qdq: Kernel, place: torch.device, bits: int, dtype: torch.dtype) -> None:
+    """Every significand of an f16 scale times the middles of levels, and the floats around them."""
+    spec = hal.Spec(f"s{bits}", 0, "f16")
+    scale = torch.arange(1024, 2048)[:: 97 if interpreted(qdq, place) else 1, None] / 4096
+    middles = (scale * (torch.arange(-spec.half, spec.half) + 0.5)).to(dtype)
+    ends = torch.tensor([-torch.inf, torch.inf], dtype=dtype)
+    w = torch.cat([middles, *(middles.nextafter(end) for end in ends)], 1)
+    one, none = torch.ones_like(scale), torch.zeros_like(scale)
+    p = hal.Params(None, one, one, -scale * spec.half, none)
+    out = poisoned(tuple(w.shape), dtype, place)
+    here = hal.Params(None, *(t.to(place) for t in (p.lo, p.hi, p.amin, p.amax)))
+    qdq.fn(w.to(place), here, spec, out)
+    assert same(out.cpu(), codec.qdq(w, p, spec))
+
+
 @each("qdq_step")
 def test_qdq_step(qdq_step: Kernel, place: torch.device) -> None:
     for i, (spec, w) in enumerate(tried(qdq_step, place)):
