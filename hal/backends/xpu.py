@@ -37,6 +37,8 @@ def _import() -> ModuleType | str:
         return "no Intel GPU that torch can use"
     if HOST:
         _find_opencl()
+    # Kernels are compiled for the device once, not once a process.
+    os.environ.setdefault("SYCL_CACHE_PERSISTENT", "1")
     try:
         return importlib.import_module("hal._sycl")
     except ImportError as error:
