@@ -101,6 +101,11 @@ class Pool:
         self._stores.append(Store(n, like, self._folder if spill else None, self._device))
         return self._stores[-1]
 
+    def release(self) -> None:
+        """Give up every store that nobody holds a row of."""
+        self._stores = [store for store in self._stores if store.held]
+        trim()
+
     def rest(self) -> None:
         """After a pass: now and then, give back files' pages and all that the C library keeps."""
         self._passes += 1

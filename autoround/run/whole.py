@@ -145,6 +145,7 @@ class Whole:
                 for i in range(len(inputs)):
                     keep(forwards.results[i][0])
         self.streamed.drop(self.streamed.model)
+        self.engine.pool.release()
         return found
 
     def _scaled(self, layer: Layer) -> Scaled:

@@ -8,6 +8,7 @@ float model as the teacher). A step holds one block's weights: blocks are run un
 make their weights when they are called.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from hal import QTensor, Spec
 PIECE = 1 << 24
 #: Elements of the logits of a micro-batch, the teacher's among them: 512 MB in f32.
 LOGITS = 1 << 27
+#: Shares of the change that are tried on the samples held out.
+SHARES = (1.0, 0.5, 0.25)
 #: Samples of a step, and tokens that go through the model together at most.
 BATCH, TOKENS = 4, 2048
 
@@ -268,11 +271,11 @@ def _forward(module: nn.Module, forward: Callable[..., Any], before: Any) -> Ite
 
 @dataclass(frozen=True, slots=True)
 class EndToEnd:
-    """``steps`` of Adam on ``batch`` samples each; kept only where the held-out loss falls.
+    """``steps`` of Adam on ``batch`` samples each; of what they change, the share that serves the
+    samples held out best is kept, or nothing.
 
-    ``rate``: a scale's relative step at its largest, after ``warm`` steps; it ends at 0.
-    ``freely``: the same of vectors. At most
-    ``tokens`` go through the model together. ``on_step(t, loss)`` is told of every step.
+    ``rate``: the relative step at its largest, after ``warm`` steps, for 2 bits; it ends at 0. At
+    most ``tokens`` go through the model together. ``on_step(t, loss)`` is told of every step.
     """
 
     steps: int
@@ -281,7 +284,6 @@ class EndToEnd:
     batch: int = BATCH
     tokens: int = TOKENS
     rate: float = 3e-3
-    freely: float = 5e-3
     warm: int = 5
 
     def refuse(self, task: ModelTask) -> str | None:
@@ -297,17 +299,15 @@ class EndToEnd:
     def run(self, task: ModelTask) -> tuple[float, float]:
         """Held-out loss before and after; ``change`` of every weight is what came of it."""
         changes = [weight.change for weight in task.moving]
-        scales = [weight.change for weight in task.moving if isinstance(weight, Scaled)]
-        vectors = [weight.change for weight in task.moving if isinstance(weight, Vector)]
-        groups = [{"params": scales, "rate": self.rate}, {"params": vectors, "rate": self.freely}]
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), foreach=False)
+        optimizer = torch.optim.Adam(changes, betas=(0.9, 0.95), foreach=False)
+        bits = min(weight.spec.bits for weight in task.moving if isinstance(weight, Scaled))
+        rate = self.rate * 2.0 ** (2 - bits)  # each bit more halves what there is to correct
         size = max(1, self.tokens // task.ids.shape[1])
         seen = [i for i in range(len(task.ids)) if i not in task.held]
         visits = Cyclic(seen, self.batch, Random(f"{self.seed}:end to end"))
         before = _judged(task, size)
         for t in range(self.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = group["rate"] * self._share(t)
+            optimizer.param_groups[0]["lr"] = rate * self._share(t)
             optimizer.zero_grad()
             rows, total = visits.next(), 0.0
             for micro in chunks(rows, size):
@@ -319,14 +319,30 @@ class EndToEnd:
                     change.grad.div_(LOSS_SCALE)
             optimizer.step()
             self.on_step(t, total)
-        after = _judged(task, size)
-        if not after < before:
-            for change in changes:
-                change.detach().zero_()
-        return before, after
+        return before, self._settled(task, size, before)
+
+    def _settled(self, task: ModelTask, size: int, before: float) -> float:
+        """The least held-out loss, of no change and of shares of the whole: what the steps agreed
+        on shrinks with the share, what was noise with its square."""
+        whole = [weight.change.detach().clone() for weight in task.moving]
+        least, best, first = before, 0.0, math.nan
+        for share in SHARES:
+            _assign(task, whole, share)
+            found = _judged(task, size)
+            first = found if math.isnan(first) else first
+            if found < least:
+                least, best = found, share
+        _assign(task, whole, best)
+        return least if best else first
 
     def _share(self, t: int) -> float:
         return min(1.0, (t + 1) / self.warm) * (1 - t / self.steps)
+
+
+def _assign(task: ModelTask, changes: Sequence[Tensor], share: float) -> None:
+    with torch.no_grad():
+        for weight, change in zip(task.moving, changes, strict=True):
+            weight.change.copy_(change * share if share else torch.zeros_like(change))
 
 
 def _judged(task: ModelTask, size: int) -> float:

@@ -168,6 +168,39 @@ def test_a_worse_result_is_not_kept(
     assert record(tmp_path / "bad")["end_to_end"]["kept"] is False
 
 
+@pytest.mark.parametrize(
+    ("losses", "share", "told"),
+    [
+        ([4.0, 3.0, 2.0, 2.5], 0.5, 2.0),
+        ([4.0, 3.0, 3.5, 3.9], 1.0, 3.0),
+        ([4.0, 5.0, 4.5, 4.0], 0.0, 5.0),
+        ([4.0, torch.nan, torch.nan, 3.0], 0.25, 3.0),
+        ([4.0, torch.nan, torch.nan, torch.nan], 0.0, torch.nan),
+    ],
+)
+def test_the_share_that_serves_best(
+    losses: list[float], share: float, told: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Vector(torch.ones(4))
+    task = end_to_end.ModelTask(
+        None,
+        [(torch.nn.Module(), {"w": found})],
+        None,
+        None,
+        torch.zeros(2, 8),
+        [],
+        (),
+        torch.no_grad,
+    )
+    with torch.no_grad():
+        found.change.fill_(1.0)
+    heard = iter(losses[1:])
+    monkeypatch.setattr(end_to_end, "_judged", lambda task, size: next(heard))
+    loss = EndToEnd(1, lambda t, loss: None, 0)._settled(task, 1, losses[0])
+    assert loss == pytest.approx(told, nan_ok=True)
+    assert torch.equal(found.change, torch.full((4,), share))
+
+
 def test_positions_are_thinned_where_logits_are_large(
     saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
