@@ -170,6 +170,10 @@ def _verbs(spec: hal.Spec, n: int, k: int, device: torch.device) -> dict[str, tu
         "qdq_step": (lambda: hal.qdq_step_(p, w, grad, spec, **rate), 12 * size + 24 * groups),
         "search": (lambda: hal.search(w, spec, grid=20), 2 * size + 8 * groups),
         "quantize": (lambda: hal.quantize(w, p, spec), 7 * size + 18 * groups),
+        "round": (
+            lambda: hal.quantize(w, None, spec, layout="stream"),
+            2 * size + size * spec.bits // 8 + 2 * groups,
+        ),
         "dequantize": (lambda: hal.dequantize(q), 3 * size + 2 * groups),
         "pack": (lambda: hal.pack(q, "stream"), size + size * spec.bits // 8),
     }
