@@ -80,7 +80,7 @@ def _command(recipe: str | None) -> None:
     else:
         for note in notes(sys.argv[1:]):
             typer.echo(f"note: {note}", err=True)
-        cli.run(arguments)
+        cli.process(arguments)
 
 
 def default() -> None:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `autoround` command. Everything heavy is imported inside the commands: help is instant."""
 
+import atexit
 import gc
+import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -59,19 +61,37 @@ def _root(
     pass
 
 
-def main() -> None:
-    """Entry point: an error is one line on stderr; exit code 2 = the input's, 1 = ours.
+def main() -> NoReturn:
+    """The process of `autoround`."""
+    process(sys.argv[1:])
+
+
+def process(arguments: list[str]) -> NoReturn:
+    """Run the command line and end the process, with an error in one line on stderr.
 
     A signal counts until the command has ended; from there on the exit code tells of the command.
     """
     signal.signal(signal.SIGTERM, _terminate)
     gc.set_threshold(20_000)  # what torch and transformers are made of stays: less looked through
+    code = 0
     try:
-        run(sys.argv[1:])
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-        gc.freeze()  # or its end looks through all of them once more: half a second
+        run(arguments)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    _end(code)
+
+
+def _end(code: int) -> NoReturn:
+    """What an interpreter does at its end, but for taking torch apart, which is half a second."""
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # a full disk, a pipe that nobody reads: what was said went nowhere
+        code = code or 1
+    os._exit(code)
 
 
 def _terminate(*_: object) -> None:
@@ -79,7 +99,7 @@ def _terminate(*_: object) -> None:
 
 
 def run(arguments: list[str]) -> None:
-    """Run the command line; raises SystemExit with a number."""
+    """Run the command line; ends in SystemExit: 0 = done, 2 = the input is wrong, 1 = we are."""
     try:
         app(arguments)
     except InputError as error:
@@ -94,7 +114,7 @@ def run(arguments: list[str]) -> None:
         fail(unexpected(error, arguments), 1)
 
 
-def fail(message: str, code: int) -> None:
+def fail(message: str, code: int) -> NoReturn:
     """One line on stderr, then exit."""
     typer.echo(f"error: {message}", err=True)
     raise SystemExit(code)

@@ -62,7 +62,6 @@ def _child(wanted: dict[str, Any], counter: int) -> None:
     said = os.open(wanted["said"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
         os.dup2(said, stream)
-    code = 99
     try:
         from autoround import cli
 
@@ -71,13 +70,9 @@ def _child(wanted: dict[str, Any], counter: int) -> None:
             resource.setrlimit(kind, (limit, resource.getrlimit(kind)[1]))
         _watched(wanted.get("fault"), counter)
         sys.argv = ["autoround", *wanted["arguments"]]
-        cli.main()
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(bool(end.code))
+        cli.main()  # ends the process
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        os._exit(99)
 
 
 def _one(wanted: dict[str, Any]) -> dict[str, Any]:
