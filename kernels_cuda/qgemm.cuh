@@ -32,18 +32,28 @@ struct Words {
   uint32_t w[COUNT];
 };
 
+// Where words are read: each once, past the caches, or from the ring.
+struct Streamed {
+  static HAL_DEVICE Words4 four(const uint32_t* at) { return stream4(at); }
+  static HAL_DEVICE Words2 two(const uint32_t* at) { return stream2(at); }
+};
+struct Held {
+  static HAL_DEVICE Words4 four(const uint32_t* at) { return shared4(at); }
+  static HAL_DEVICE Words2 two(const uint32_t* at) { return shared2(at); }
+};
+
 // All words of a lane in a chunk that begins at `at`.
-template <int COUNT>
+template <int COUNT, class From>
 HAL_DEVICE Words<COUNT> load_words(const uint32_t* at, int lane) {
   Words<COUNT> v;
 #pragma unroll
   for (int i = 0; i + 4 <= COUNT; i += 4) {
-    const Words4 four = stream4(at + i * LANES + lane * 4);
+    const Words4 four = From::four(at + i * LANES + lane * 4);
 #pragma unroll
     for (int j = 0; j < 4; j++) v.w[i + j] = four.w[j];
   }
   if constexpr (COUNT % 4 != 0) {
-    const Words2 two = stream2(at + (COUNT - 2) * LANES + lane * 2);
+    const Words2 two = From::two(at + (COUNT - 2) * LANES + lane * 2);
     v.w[COUNT - 2] = two.w[0];
     v.w[COUNT - 1] = two.w[1];
   }
@@ -70,20 +80,7 @@ struct Ring {
   }
 
   HAL_DEVICE Words<COUNT> words(int stage, int lane) const {
-    const uint32_t* at = stages[stage];
-    Words<COUNT> v;
-#pragma unroll
-    for (int i = 0; i + 4 <= COUNT; i += 4) {
-      const Words4 four = shared4(at + i * LANES + lane * 4);
-#pragma unroll
-      for (int j = 0; j < 4; j++) v.w[i + j] = four.w[j];
-    }
-    if constexpr (COUNT % 4 != 0) {
-      const Words2 two = shared2(at + (COUNT - 2) * LANES + lane * 2);
-      v.w[COUNT - 2] = two.w[0];
-      v.w[COUNT - 1] = two.w[1];
-    }
-    return v;
+    return load_words<COUNT, Held>(stages[stage], lane);
   }
 };
 
@@ -291,7 +288,7 @@ HAL_DEVICE void decode(const Product& p) {
   const int64_t unit = (int64_t)blockIdx.x * WARPS + threadIdx.x / LANES;
   const int64_t tile = unit / p.chunks, chunk = unit % p.chunks;
   if (tile * ROWS >= p.n) return;
-  const Words<2 * BITS> words = load_words<2 * BITS>(p.codes + unit * 2 * BITS * LANES, lane);
+  const auto words = load_words<2 * BITS, Streamed>(p.codes + unit * 2 * BITS * LANES, lane);
 #pragma unroll
   for (int i = 0; i < 2 * STEPS; i++) {
     const int64_t column = chunk * CHUNK + i / 2 * STEP + 4 * part + i % 2 * 2;

@@ -84,8 +84,7 @@ def _asked(
         int | None, option("Steps of SignRound a block; 0 = round to nearest.")
     ] = None,
     end_to_end: Annotated[
-        int | None,
-        option("Steps of all scales together, after the blocks.", "--end-to-end", "--end_to_end"),
+        int | None, option("Steps of all scales together, after the blocks.", "--end-to-end")
     ] = None,
     lr: Annotated[float | None, option("Initial step of the rounding. [1/iters]")] = None,
     minmax_lr: Annotated[

@@ -160,11 +160,10 @@ class ModelTask:
     """The rounded model: everything in it is real, but modules make their own weights.
 
     ``owners``: blocks and other modules, each with what moves in it by parameter name inside it.
-    ``head``: the module that
-    makes logits, None where there is none; ``projection``: its weight, where that is rounded, a
-    linear layer's then. ``ids [n, T]``; ``teacher``: for each of them what the
-    float model hands to its head ``[1, T', H]``, at every `stride`-th position, or its last hidden
-    state. ``held``: rows of ``ids`` that only judge. ``amp``: the arithmetic of forwards.
+    ``head``: the module that makes logits, None where there is none; ``projection``: its weight,
+    where that is rounded, a linear layer's then. ``ids [n, T]``; ``teacher``: for each of them what
+    the float model hands to its head ``[1, T', H]``, at every `stride`-th position, or its last
+    hidden state. ``held``: rows of ``ids`` that only judge. ``amp``: the arithmetic of forwards.
     """
 
     model: Any
