@@ -31,6 +31,8 @@ HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 COUNTS = re.compile(r"(^|_)n(um)?_(\w+_)?(layers?|experts|blocks|labels)$|^depth$")
 #: Settings that are objects, where they are there.
 TABLES = ("text_config", "rope_parameters", "rope_scaling")
+#: The output projection, and how the embedding that it may be tied to ends.
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 FLOATS = {"F16", "BF16", "F32", "F64"}
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2,
@@ -255,6 +257,22 @@ class Checkpoint:
     def slabs(self) -> dict[str, Slab]:
         """Single experts' layers, by the keys that they would have on their own."""
         return {key: slab for one in self.stacks.values() for key, slab in one.layers.items()}
+
+    @cached_property
+    def copies(self) -> dict[str, str]:
+        """A head that is stored beside the embedding it is tied to, with the same bytes: its key
+        -> the embedding's."""
+        head = self.entries.get(HEAD)
+        if head is None or self.config.get("tie_word_embeddings") is not True:
+            return {}
+        for key, e in self.entries.items():
+            alike = key.endswith(EMBEDDING) and (e.dtype, e.shape) == (head.dtype, head.shape)
+            if alike and torch.equal(self._bits(HEAD), self._bits(key)):
+                return {HEAD: key}
+        return {}
+
+    def _bits(self, name: str) -> Tensor:
+        return self.get(name).reshape(-1).view(torch.uint8)
 
     def unstacked(self, chosen: Iterable[str]) -> list[str]:
         """Keys of all tensors; in the place of a stack that layers in ``chosen`` are of, those of

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoround.checkpoint import Checkpoint
+from autoround.checkpoint import EMBEDDING, HEAD, Checkpoint
 from autoround.scheme import KEPT, TABLES
 
 EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -95,11 +95,12 @@ def refuse_names(checkpoint: Checkpoint) -> str | None:
     if _known(kind):
         if kind not in FAMILIES:
             return f"{kind} is built by transformers"
-        wanted, held = _tensors(config), {key: entry.shape for key, entry in entries.items()}
+        held = {k: e.shape for k, e in entries.items() if k not in checkpoint.copies}
+        wanted = _tensors(config)
         if wanted != held:
             differ = sorted(dict(wanted.items() ^ held.items())) or ["its config"]
             return f"{differ[0]} is not what its config says"
-    elif config.get("tie_word_embeddings") and "lm_head.weight" in entries:
+    elif config.get("tie_word_embeddings") and HEAD in {*entries} - {*checkpoint.copies}:
         return "its head is stored and tied"
     if computed_in(checkpoint) is None:
         return "its weights are not in f16, bf16 or f32"
@@ -116,7 +117,7 @@ def _tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         hidden, vocabulary = config["hidden_size"], config["vocab_size"]
         shapes = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
         if not config.get("tie_word_embeddings", False):
-            shapes["lm_head.weight"] = (vocabulary, hidden)
+            shapes[HEAD] = (vocabulary, hidden)
         for index in range(config["num_hidden_layers"]):
             block = _attention(config) | _feed_forward(config, index)
             shapes |= {f"model.layers.{index}.{name}": shape for name, shape in block.items()}
@@ -216,10 +217,11 @@ def by_names(checkpoint: Checkpoint) -> Survey:
             kept[key.removesuffix(".weight")] = made
         else:
             blocks[index].append(made)
-    if checkpoint.config.get("tie_word_embeddings") and "lm_head.weight" not in checkpoint.entries:
-        tables = (k for k in checkpoint.entries if k.endswith(".embed_tokens.weight"))
-        kept |= {key.removesuffix(".weight"): tied_to("lm_head.weight") for key in tables}
-    head = _by_name(checkpoint, "lm_head.weight") if "lm_head.weight" in checkpoint.entries else ""
+    own = HEAD in checkpoint.entries and HEAD not in checkpoint.copies
+    if checkpoint.config.get("tie_word_embeddings") and not own:
+        tables = (k for k in checkpoint.entries if k.endswith(f".{EMBEDDING}"))
+        kept |= {key.removesuffix(".weight"): tied_to(HEAD) for key in tables}
+    head = _by_name(checkpoint, HEAD) if own else ""
     return Survey(
         checkpoint,
         tuple(map(tuple, blocks.values())),

@@ -96,6 +96,11 @@ class Artefact(ExitStack):
         """Write one tensor that stays in its dtype, with values of its own."""
         self._hand(key, TUNED, lambda export: export.keep(key, raw))
 
+    def leave(self, key: str, fate: str) -> None:
+        """Write nothing of one tensor."""
+        self._wait()
+        self.ledger.enter(key, fate, [[] for _ in self.exports])
+
     def _hand(self, key: str, fate: str, write: Callable[[Export], Written]) -> None:
         self._wait()
         pairs = zip(self._threads, self.exports, strict=True)

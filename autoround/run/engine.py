@@ -88,6 +88,8 @@ class Engine:
             for tensor in self.plan.contents.kept:
                 raw = self.streamed.checkpoint.get(tensor.name)
                 self.artefact.keep(tensor.name, raw, self.plan.because(tensor.name))
+            for key in self.streamed.checkpoint.copies:
+                self.artefact.leave(key, self.plan.fates[key])
             if self.plan.head is not None:
                 self._head(self.plan.head)
         if tokens is not None:

@@ -284,7 +284,8 @@ def _contents(
         for part in layer.view.parts
     }
     checkpoint = survey.checkpoint
-    tensors = {key: _stored(checkpoint, key) for key in checkpoint.unstacked(found)}
+    keys = [key for key in checkpoint.unstacked(found) if key not in checkpoint.copies]
+    tensors = {key: _stored(checkpoint, key) for key in keys}
     modules = {key: found[key] for key in tensors if key in found}
     if len(modules) != len(found):
         raise AssertionError(f"no tensors of the source: {sorted({*found} - {*modules})[:3]}")
@@ -308,9 +309,12 @@ def _stored(checkpoint: Checkpoint, key: str) -> Stored:
 def _fates(survey: Survey, contents: Contents, kept: dict[str, str]) -> dict[str, str]:
     """What becomes of every source tensor."""
     fates: dict[str, str] = {}
-    for key in contents.tensors:
+    for key in survey.checkpoint.unstacked(contents.modules):
         if module := contents.modules.get(key):
             fates[key] = f"quantized {module.spec}"
+            continue
+        if twin := survey.checkpoint.copies.get(key):
+            fates[key] = f"left out: {twin} is the same tensor"
             continue
         stack = survey.checkpoint.stacks.get(key)
         own = next(iter(stack.layers)) if stack else key  # all of a stack stays for one reason

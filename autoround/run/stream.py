@@ -127,7 +127,9 @@ class _Rounding:
     def _write(self, key: str) -> str:
         stored = self.checkpoint.get(key)
         digest = self.checkpoint.examined(key, stored)
-        if layer := self.layers.get(key):
+        if key in self.checkpoint.copies:
+            self.artefact.leave(key, self.plan.fates[key])
+        elif layer := self.layers.get(key):
             _round(layer, stored, self.checkpoint, self.artefact)
         else:
             self.artefact.keep(key, stored, self.plan.because(key))

@@ -13,6 +13,7 @@ import pytest
 import torch
 import zoo
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from autoround.checkpoint import Checkpoint
 from autoround.errors import InputError
@@ -91,6 +92,42 @@ def test_weights_are_rounded_in_the_dtype_of_the_config(
     config = json.loads((source / "config.json").read_text()) | {"dtype": "bfloat16"}
     (source / "config.json").write_text(json.dumps(config))
     both(rtn(), source, tmp_path, monkeypatch)
+
+
+def with_head(where: Path, bit: int) -> Path:
+    """A model whose head is tied, and stored, as Qwen3-0.6B's is; ``bit`` is added to its first
+    byte."""
+    source = zoo.save("qwen3_tied", where, dtype=torch.bfloat16)
+    tensors = load_file(source / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    head.view(torch.uint8)[0, 0] ^= bit
+    save_file(tensors | {"lm_head.weight": head}, source / "model.safetensors", {"format": "pt"})
+    return source
+
+
+def test_a_tied_head_that_is_stored_too_is_not_saved_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = with_head(tmp_path / "float", 0)
+    out = both(rtn(format="auto_round,fake"), source, tmp_path, monkeypatch)
+    record = json.loads((out / "auto_round" / "autoround.json").read_text())
+    assert record["tensors"]["lm_head.weight"].startswith("left out: model.embed_tokens.weight is")
+    assert list(record["tensors"]) == list(Checkpoint(source).entries)
+    for place in out.iterdir():
+        assert "lm_head.weight" not in load_file(place / "model.safetensors"), place
+    model = AutoModelForCausalLM.from_pretrained(out / "fake")
+    assert torch.equal(
+        model.lm_head.weight, load_file(source / "model.safetensors")["lm_head.weight"]
+    )
+
+
+def test_a_tied_head_of_its_own_bytes_stays(tmp_path: Path) -> None:
+    source = with_head(tmp_path / "float", 1)
+    assert "lm_head.weight" in (stream.refuse(rtn(), Checkpoint(source)) or "")
+    run = pipeline.quantize(rtn(), pipeline.Source(source, HOST), tmp_path / "out")
+    assert run.plan.fates["lm_head.weight"].startswith("copied")
+    before, after = (load_file(p / "model.safetensors") for p in (source, tmp_path / "out"))
+    assert torch.equal(before["lm_head.weight"], after["lm_head.weight"])
 
 
 # ---- architectures that transformers does not know
