@@ -10,6 +10,7 @@ from hal.nn import QExperts, QLinear
 from hal.ops import (
     dequantize,
     describe,
+    hadamard_,
     join,
     pack,
     prepare,
@@ -51,6 +52,7 @@ __all__ = [
     "describe",
     "devices",
     "explain",
+    "hadamard_",
     "join",
     "only",
     "pack",

@@ -21,7 +21,7 @@ FAMILIES = {
     "symmetric s2-s8": [Spec(f"s{bits}") for bits in range(2, 9)],
     "asymmetric u2-u8": [Spec(f"u{bits}", zero="int") for bits in range(2, 9)],
 }
-VERBS = ("search", "qdq", "qdq_step", "quantize", "dequantize", "quantize_act")
+VERBS = ("search", "qdq", "qdq_step", "quantize", "dequantize", "quantize_act", "hadamard")
 
 
 def status() -> int:

@@ -163,3 +163,16 @@ def quantize_act(x: Tensor, group: int, scale: Tensor | None) -> tuple[Tensor, T
         scale = torch.where(scale == 0, 1.0, scale)
     codes = (g / scale[..., None]).round().clamp(-127, 127)
     return ungrouped(codes, x.shape[1]).to(torch.int8), scale
+
+
+def hadamard(x: Tensor, block: int) -> Tensor:
+    """Blocks of columns of ``x [..., K]`` times Sylvester's matrix over sqrt(block).
+
+    Butterflies of neighbours first, then of pairs, fours, ... in f32; one product with the factor,
+    one rounding to the dtype of ``x``.
+    """
+    h, step = x.float().contiguous(), 1
+    while step < block:
+        a, b = h.view(-1, 2, step).unbind(1)
+        h, step = torch.stack([a + b, a - b], 1), step * 2
+    return (h * torch.tensor(block**-0.5, device=x.device)).view(x.shape).to(x.dtype)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ten verbs. Shapes, dtypes and devices are checked here, once; kernels below trust them.
+"""The verbs. Shapes, dtypes and devices are checked here, once; kernels below trust them.
 
 N output rows, K input columns, G = groups of a row. Float = f32, bf16 or f16. All tensors of a call
 live on one device. Mistakes of the caller raise ValueError; cases no kernel serves, Unsupported.
@@ -146,6 +146,18 @@ def quantize_act(x: Tensor, act: Act, *, scale: Tensor | None = None) -> tuple[T
         _kernel("quantize_act", spec, x), x.device, x, act.group, scale
     )
     return codes_scale
+
+
+def hadamard_(x: Tensor, block: int) -> None:
+    """Rotate ``x [M, K]`` Float in place: every ``block`` columns times Sylvester's matrix over
+    sqrt(block), in f32. Its own inverse; W H and x H give the product of W and x.
+
+    ``block`` is a power of two that divides K, else ValueError.
+    """
+    _check_matrix(x, "x")
+    if block < 1 or block & (block - 1) or x.shape[1] % block:
+        raise ValueError(f"block must be a power of two that divides {x.shape[1]}, not {block}")
+    _run(_kernel("hadamard", Spec("s8", block, "f32"), x), x.device, x, block)
 
 
 def prepare(
@@ -305,7 +317,7 @@ def _kernel(op: str, spec: Spec, w: Tensor) -> Kernel:
             n,
             k,
             devices.caps(w.device),
-            m=bucket(n) if op == "quantize_act" else 0,
+            m=bucket(n) if op in ("quantize_act", "hadamard") else 0,
         )
     )
 

@@ -72,6 +72,9 @@ def _tune(spec: Spec, device: torch.device) -> bool:
     found = ops.search(w.to(device), spec, grid=8)
     amin, amax = codec.search(w, spec, None, 8)
     pairs = [(found.amin, amin), (found.amax, amax), (here.lo, truth.lo), (here.hi, truth.hi)]
+    turned = w[:, :256].contiguous().to(device)
+    ops.hadamard_(turned, 64)
+    pairs.append((turned, codec.hadamard(w[:, :256], 64)))
     assert here.v is not None
     assert truth.v is not None
     return right and all(same(a.cpu(), b) for a, b in [*pairs, (here.v, truth.v)])

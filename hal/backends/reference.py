@@ -93,6 +93,10 @@ def _quantize_act(x: Tensor, group: int, scale: Tensor | None) -> tuple[Tensor, 
     return codec.quantize_act(x, group, scale)
 
 
+def _hadamard(x: Tensor, block: int) -> None:
+    x.copy_(codec.hadamard(x, block))
+
+
 KERNELS = (
     Kernel("reference.search", "search", _search),
     Kernel("reference.qdq", "qdq", _qdq),
@@ -103,6 +107,7 @@ KERNELS = (
     Kernel("reference.pack", "pack", _pack),
     Kernel("reference.unpack", "unpack", _unpack),
     Kernel("reference.quantize_act", "quantize_act", _quantize_act),
+    Kernel("reference.hadamard", "hadamard", _hadamard),
     Kernel("reference.qgemm", "qgemm", _qgemm),
     Kernel("reference.qgemm_grouped", "qgemm_grouped", _qgemm_grouped),
 )

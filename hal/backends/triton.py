@@ -90,6 +90,10 @@ def _quantize_act(x: Tensor, group: int, scale: Tensor | None) -> tuple[Tensor, 
     return codes_scale
 
 
+def _hadamard(x: Tensor, block: int) -> None:
+    _import("hadamard").hadamard_(x, block)
+
+
 def _walk(layout: str, n: int, k: int, bits: int) -> tuple[tuple[int, int, int, int], int, bool]:
     """How a file layout lies: strides of rows and neighbours in codes and words, rows, AWQ's order.
 
@@ -270,6 +274,11 @@ def _groups(case: Case) -> str | None:
     return None
 
 
+def _small_blocks(case: Case) -> str | None:
+    most = _import("hadamard").MOST
+    return None if case.spec.group <= most else f"blocks of {case.spec.group} exceed {most}"
+
+
 def _many_rows(case: Case) -> str | None:
     if case.dtype == torch.float32:
         return "f32: rounding to it gains nothing"
@@ -288,6 +297,7 @@ KERNELS = (
     Kernel("triton.quantize", "quantize", _quantize),
     Kernel("triton.dequantize", "dequantize", _dequantize),
     Kernel("triton.quantize_act", "quantize_act", _quantize_act),
+    Kernel("triton.hadamard", "hadamard", _hadamard, _small_blocks),
     *groupwise.packing(NAME, _repack),
     Kernel("triton.qgemm_dense", "qgemm", _qgemm_dense, _many_rows, "triton.planes"),
     Kernel("triton.qgemm", "qgemm", _qgemm, _groups, "triton.planes", launches=MEASURED),

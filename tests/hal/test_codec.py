@@ -159,3 +159,13 @@ def test_every_element_decodes_to_scale_times_level_minus_zero() -> None:
         assert signed[0].tolist() == [-0.25 * (i - (1 << bits - 1)) for i in range(1 << bits)]
         offset = codec.decode(codes, scale, zero, Spec(f"u{bits}", 0, zero="int"))
         assert offset[0].tolist() == [-0.25 * (i - 3) for i in range(1 << bits)]
+
+
+@pytest.mark.parametrize("block", [1, 2, 32, 256])
+def test_hadamard_multiplies_by_the_signs_of_shared_bits(block: int) -> None:
+    """Sylvester's matrix has -1 where the numbers of row and column share an odd number of bits."""
+    signs = [[(-1.0) ** (i & j).bit_count() for j in range(block)] for i in range(block)]
+    matrix = np.array(signs) / np.sqrt(block)
+    x = weights(7, 512, 3)
+    got = codec.hadamard(x, block).numpy().reshape(-1, block)
+    assert np.allclose(got, x.double().numpy().reshape(-1, block) @ matrix, rtol=0, atol=2e-6)

@@ -165,3 +165,23 @@ def test_linear_module_follows_its_input() -> None:
     half = layer(x.half())
     assert half.dtype == torch.float16
     assert torch.allclose(half.float(), x @ dense.T + 1, atol=5e-2)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_hadamard_in_place_is_its_own_inverse_and_leaves_products(dtype: torch.dtype) -> None:
+    x = weights(9, 192, 2).to(dtype)
+    w, turned = weights(33, 192, 4).to(dtype), x.clone()
+    hal.hadamard_(turned, 64)
+    assert not same(turned, x)
+    rotated = w.clone()
+    hal.hadamard_(rotated, 64)
+    want = x.double() @ w.double().T
+    assert relative_error(turned.double() @ rotated.double().T, want) < 2 * TOLERANCE[dtype]
+    hal.hadamard_(turned, 64)
+    assert relative_error(turned, x) < 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("block", [0, -2, 3, 24, 128])
+def test_hadamard_blocks(block: int) -> None:
+    with pytest.raises(ValueError, match=f"power of two that divides 96, not {block}"):
+        hal.hadamard_(W.clone(), block)

@@ -172,6 +172,16 @@ def test_quantize_act(quantize_act: Kernel, place: torch.device) -> None:
         assert same(scale.cpu(), given)
 
 
+@each("hadamard")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_hadamard(hadamard: Kernel, place: torch.device, dtype: torch.dtype) -> None:
+    for block in (1, 2, 16, 32, 128, 1024):
+        x = weights(5, 2 * block, block).to(dtype)
+        got = x.clone().to(place)
+        hadamard.fn(got, block)
+        assert same(got.cpu(), codec.hadamard(x, block)), block
+
+
 @each("pack", "unpack")
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "plain"])
 @pytest.mark.parametrize("bits", range(2, 9))

@@ -10,7 +10,7 @@ from hal.testing import params, weights
 pytest.importorskip("triton")
 from offline import TARGETS, Call, build, recorded
 
-from kernels_triton import codec, pack, products, quantize
+from kernels_triton import codec, hadamard, pack, products, quantize
 
 SPECS = ("s4:g128:f16", "u3:g64:f16:int", "s8:g32:bf16", "u5:g0:f16:int", "s2:g128:f16",
          "s6:g16:f16", "u7:g128:f32:int")  # fmt: skip
@@ -40,6 +40,7 @@ def calls(spec: hal.Spec) -> list[Call]:
         quantize.quantize(w, p, e, codes, scale, zero)
         quantize.dequantize(codes, scale, zero, e, w)
         quantize.quantize_act(w, e, None)
+        hadamard.hadamard_(w, max(e.width, 32))
         pack.pack(codes, words, *walk)
         pack.unpack(codes, words, *walk)
         for m in ROWS:
