@@ -25,6 +25,7 @@ STEPS_ONLY = (
     "dynamic_max_gap",
     "momentum",
     "enable_adam",
+    "nblocks",
 )
 #: Choices that only a run with data uses.
 DATA_ONLY = ("dataset", "nsamples", "seqlen", "batch_size", "enable_quanted_input", "seed")
@@ -36,12 +37,8 @@ def build_recipe(name: str | None, changes: Mapping[str, Any]) -> Recipe:
     Without a name: ``rtn`` for ``iters`` 0, ``signround`` where steps or their rates are given,
     else ``autoround``. A choice that would have no effect raises InputError.
     """
-    if changes.get("nblocks") not in (None, 1):
-        raise InputError(
-            f"nblocks={changes['nblocks']}: blocks are tuned one by one here, each on inputs that "
-            "hold all earlier errors and toward the float model's outputs; leave it at 1"
-        )
-    changes = {key: value for key, value in changes.items() if key != "nblocks"}
+    if changes.get("nblocks") == 1:  # what every recipe does, with steps or without
+        changes = {key: value for key, value in changes.items() if key != "nblocks"}
     if name is None:
         stepwise = any(changes.get(key) is not None for key in ("iters", *STEPS_ONLY))
         name = "rtn" if changes.get("iters") == 0 else "signround" if stepwise else "autoround"

@@ -36,7 +36,8 @@ class Recipe:
     ``end_to_end`` steps of all scales after the last block. None of
     them = round to nearest, no data needed. ``lr`` None = 1 / iters (2 / iters from 1000 iterations
     on at 3 bits and below); ``minmax_lr`` None = ``lr``. ``dynamic_max_gap``: end a block
-    after that many steps without a better one. ``dataset`` None = the bundled pack. ``format``: one
+    after that many steps without a better one. ``nblocks``: blocks in a row whose steps are taken
+    together, toward the last one's output. ``dataset`` None = the bundled pack. ``format``: one
     or several, comma between. ``serve``: an inference engine that must be able to load the result.
     """
 
@@ -61,6 +62,7 @@ class Recipe:
     dynamic_max_gap: int | None = None
     momentum: float = 0.0
     enable_adam: bool = False
+    nblocks: int = 1
     enable_quanted_input: bool = True
     dataset: str | None = None
     nsamples: int = 128
@@ -72,7 +74,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         least = {"iters": 0, "end_to_end": 0, "nsamples": 1, "seqlen": 2, "batch_size": 1}
-        for name, minimum in {**least, "gradient_accumulate_steps": 1}.items():
+        for name, minimum in {**least, "gradient_accumulate_steps": 1, "nblocks": 1}.items():
             if getattr(self, name) < minimum:
                 raise InputError(
                     f"{name}={getattr(self, name)} is too small; use {minimum} or more"
@@ -89,6 +91,14 @@ class Recipe:
             raise InputError(f"momentum={self.momentum}: give 0 or more, below 1")
         if self.momentum and self.enable_adam:
             raise InputError("momentum and enable_adam exclude each other: Adam has its own")
+        if self.nblocks > 1 and self.feedback:
+            raise InputError(
+                f"nblocks={self.nblocks}: the closed form takes layers one by one, and knows no "
+                "blocks that are tuned together; use --recipe signround or signround2, or leave "
+                "nblocks at 1"
+            )
+        if self.nblocks > 1 and self.nsamples < 2:
+            raise InputError(f"nblocks={self.nblocks} needs 2 samples or more; see nsamples")
         shard_bytes(self.max_shard_size)
         _ = self.weight_scheme  # unknown names and illegal overrides fail here
 

@@ -113,7 +113,7 @@ def _asked(
         float | None, option("Share of earlier gradients that a step keeps. [0]")
     ] = None,
     enable_adam: Annotated[bool, flag("Adam instead of signs.", "--enable-adam", "--adam")] = False,
-    nblocks: Annotated[int | None, option("Blocks tuned jointly: only 1.")] = None,
+    nblocks: Annotated[int | None, option("Blocks whose steps are taken together. [1]")] = None,
     to_quant_block_names: Annotated[
         str | None,
         option("Blocks or patterns to quantize, comma between. [all]", "--to-quant-block-names"),

@@ -6,7 +6,7 @@ coroutine here): the order of work, and so the result, is the same every time.""
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -122,14 +122,21 @@ class PausedForwards:
                 if f.block == index and f.call is not None
             }
             steps = {i: self._forwards[i].steps for i in calls}
-            self._unchanged()
-            first = calls[min(calls)].rest()
-            self._shared = [s for call in calls.values() for s in _one_copy(call.rest(), first)]
+            self._share(calls)
             yield index, calls
             if any(self._forwards[i].steps == count for i, count in steps.items()):
                 raise RuntimeError(
                     f"block {index}: resume() must give every waiting input its output"
                 )
+
+    def at(self, index: int, inputs: Iterable[int]) -> dict[int, Call] | None:
+        """The calls of inputs that have been resumed and all wait at one block now, else None."""
+        waiting = self.waiting
+        if any(i not in waiting or waiting[i][0] != index for i in inputs):
+            return None
+        calls = {i: waiting[i][1] for i in inputs}
+        self._share(calls)
+        return calls
 
     @property
     def waiting(self) -> dict[int, tuple[int, Call]]:
@@ -153,6 +160,12 @@ class PausedForwards:
                 raise RuntimeError(f"input {i} does not wait for an output")
             forward.reply = outputs[i]
             self._step(i)
+
+    def _share(self, calls: Mapping[int, Call]) -> None:
+        """What all inputs of a block are given alike lies in one memory."""
+        self._unchanged()
+        first = calls[min(calls)].rest()
+        self._shared = [s for call in calls.values() for s in _one_copy(call.rest(), first)]
 
     def _unchanged(self) -> None:
         """Tensors of one memory for all inputs must not have been written to."""

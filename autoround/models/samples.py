@@ -204,7 +204,7 @@ def _leaves(name: str, value: Any) -> Any:
         return (tuple(value.shape), value.dtype, id(value) if value.ndim < 2 else None)
     if type(value) in (tuple, list):
         return tuple(_leaves(name, item) for item in value)
-    if isinstance(value, dict) and name in READ_ONLY_DICTS:
+    if isinstance(value, dict) and name.rpartition(".")[2] in READ_ONLY_DICTS:
         return tuple((key, _leaves(name, item)) for key, item in value.items())
     if value is None or isinstance(value, bool | int | float | str):
         return value

@@ -2,13 +2,12 @@
 """The block loop: read one block, tune it, write it packed, free it, commit."""
 
 import contextlib
-import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -33,31 +32,15 @@ from autoround.models import (
 from autoround.recipe import Recipe
 from autoround.run import chains
 from autoround.run.artefact import Artefact
+from autoround.run.course import held_out, samples_at_once, stages_of
 from autoround.run.events import BlockDone, BlockFailed, BlockStarted, Resumed, Step
 from autoround.run.journal import Journal
 from autoround.run.plan import Layer
 from autoround.run.record import BlockReport, Run, peak_bytes
+from autoround.run.units import Unit, differs, joined_call, unfit
 from autoround.run.whole import Whole
-from autoround.stages import (
-    BlockTask,
-    Feedback,
-    Kept,
-    LayerTask,
-    Measure,
-    Search,
-    Signed,
-    SignRound,
-    Stage,
-    Steps,
-    WeightedSearch,
-    adam,
-    momentum,
-)
+from autoround.stages import BlockTask, LayerTask, Search
 from autoround.stages.task import hidden
-from hal.device import tokens_at_once
-
-#: One sample in so many only judges what the closed form makes of the others.
-HELD_OUT = 8
 
 
 class Engine:
@@ -97,8 +80,8 @@ class Engine:
             self.streamed.drop(self.streamed.model)  # nothing needs the embeddings any more
         for index in range(self.last + 1):
             if index not in self.done:  # no data, or text alone never reaches it: cross-attention
-                with self._block(index) as task:
-                    Search().run(task)
+                with self._unit(range(index, index + 1)) as unit:
+                    Search().run(unit.task)
                 if tokens is not None or self.journal.due():
                     self._commit({"received": {}})
         if tokens is not None and self.recipe.end_to_end:
@@ -173,12 +156,13 @@ class Engine:
                 )
             expected = None
             spool = chains.Spool(self.journal.directory, digests)
-            with self._block(index) as task:
-                for outputs in self._tune(task, calls, n, written=False):
-                    if index < self.last:  # the model's head adds nothing that tuning needs
+            end = min(index + self.recipe.nblocks, self.last + 1)
+            with self._unit(range(index, end)) as unit:
+                for outputs in self._tune(unit, calls, n, forwards):
+                    if unit.last < self.last:  # the model's head adds nothing that tuning needs
                         spool.add(outputs)
                         forwards.resume(outputs)
-            if index == self.last:
+            if unit.last == self.last:
                 spool.discard()
                 self._commit({"received": {}})
                 return
@@ -190,7 +174,7 @@ class Engine:
     def _replay(self, index: int, calls: dict[int, Call], forwards: PausedForwards, n: int) -> None:
         """A block that is done: both chains go on with the weights that are written."""
         with self.task(index) as task:
-            for outputs in self._tune(task, calls, n, written=True):
+            for outputs in self._tune(Unit([task]), calls, n, forwards, written=True):
                 if index < self.last:
                     forwards.resume(outputs)
 
@@ -203,24 +187,32 @@ class Engine:
             self.out.tell(BlockDone(report))
 
     @contextlib.contextmanager
-    def _block(self, index: int) -> Iterator[BlockTask]:
-        """A materialised block as a task; packed, written and reported on leaving."""
-        started, name = time.perf_counter(), self.streamed.blocks.names[index]
-        self.out.tell(BlockStarted(index, name))
-        with self.task(index) as task:
+    def _unit(self, indices: range) -> Iterator[Unit]:
+        """Materialised blocks as one task; packed, written and reported on leaving."""
+        started, names = time.perf_counter(), self.streamed.blocks.names
+        with contextlib.ExitStack() as stack:
+            parts: list[BlockTask] = []
+            for index in indices:
+                self.out.tell(BlockStarted(index, names[index]))
+                parts.append(stack.enter_context(self.task(index)))
+            unit = Unit(parts)
             try:
-                yield task
+                yield unit
             except Exception as error:
-                self.out.tell(BlockFailed(index, name, task, error))
+                found = tuple(names[index] for index in indices)
+                self.out.tell(BlockFailed(indices.start, found, unit.task, error))
                 raise
-            for layer in self.plan.blocks[index]:
-                self._write(layer, task.layers[_inside(layer, name)])
+            for part in parts:
+                for layer in self.plan.blocks[part.index]:
+                    self._write(layer, part.layers[_inside(layer, names[part.index])])
         trim()
+        task, seconds = unit.task, (time.perf_counter() - started) / len(parts)
         rtn, loss = (task.report.get(key, math.nan) for key in ("loss_rtn", "loss"))
-        seconds = time.perf_counter() - started
         sparse = int(task.report.get("sparse_experts", 0))
-        report = BlockReport(index, name, rtn, loss, seconds, peak_bytes(), sparse, task.tokens)
-        self.out.blocks.append(report)
+        self.out.blocks += [
+            BlockReport(i, names[i], rtn, loss, seconds, peak_bytes(), sparse, task.tokens)
+            for i in indices
+        ]
 
     @contextlib.contextmanager
     def task(self, index: int) -> Iterator[BlockTask]:
@@ -256,36 +248,108 @@ class Engine:
         return adopt
 
     def _tune(
-        self, task: BlockTask, calls: dict[int, Call], n: int, *, written: bool
+        self,
+        unit: Unit,
+        calls: dict[int, Call],
+        n: int,
+        forwards: PausedForwards,
+        *,
+        written: bool = False,
     ) -> Iterator[Mapping[int, Any]]:
         """Tune on the quantized chain's inputs toward the float chain's outputs.
 
         Inputs ``0 .. n-1`` are the float chain, ``n ..`` the quantized one (where there is one).
-        Yields what each waiting forward gets as its block's output, float chain first: by then its
-        inputs are needed no more, and the rounded block's outputs take their place. ``written``:
-        the block was tuned by an earlier process, its weights are in the files.
+        Yields what each forward that waits gets as the last block's output, float chain first: by
+        then its inputs are needed no more, and the rounded block's outputs take their place.
+        ``written``: tuned by an earlier process, the weights are in the files.
         """
-        device = self.streamed.device
-        floats = Samples({i: call for i, call in calls.items() if i < n}, device)
-        quants = Samples({i - n: call for i, call in calls.items() if i >= n}, device)
+        task, device = unit.task, self.streamed.device
+        floats = {i: call for i, call in calls.items() if i < n}
+        quants = {i - n: call for i, call in calls.items() if i >= n}
         calls.clear()
-        task.x, task.floats = quants if quants.indices else floats, floats
-        outputs = self.float_outputs(task, floats)
+        outputs, given = self._reached(unit, floats, forwards)
+
+        def joined(chain: dict[int, Call]) -> Samples:
+            own = {
+                i: joined_call([call, *(calls[i] for calls in given)]) for i, call in chain.items()
+            }
+            return Samples(own, device)
+
+        task.floats = joined(floats)
+        floats.clear()
+        task.x = joined(quants) if quants else task.floats
         if not written:
             task.y = {i: hidden(out) for i, out in outputs.items()}
             task.held = held_out(self.recipe, task.x.indices)
             if task.layers:
                 self._run_stages(task)
         yield outputs
-        if quants.indices:
-            del floats
+        weights = self._written if written else _dequantized
+        if quants:
             task.floats = None
-        weights = self._written(task) if written else _dequantized(task)
-        rounded = self._forward_all(task, task.x, weights)
+            rounded = self._rounded(unit, quants, given, forwards, n, weights)
+        else:
+            rounded = self._forward_all(task, task.x, weights(task))
         if task.y is not None:
             task.report["loss"] = _mean_loss({i: rounded[i] for i in task.judged}, task.y)
-        if quants.indices:
+        if task.x is not task.floats:
             yield {i + n: out for i, out in rounded.items()}
+
+    def _reached(
+        self, unit: Unit, calls: Mapping[int, Call], forwards: PausedForwards
+    ) -> tuple[dict[int, Any], list[dict[int, Call]]]:
+        """The float chain up to the end of a unit: the last block's outputs, and what the model
+        gives each block but the first, without the hidden state."""
+        first, *others = unit.parts
+        outputs = self.float_outputs(first, Samples(calls, self.streamed.device))
+        given: list[dict[int, Call]] = []
+        for part in others:
+            forwards.resume(outputs)
+            found = self._next(forwards, part, [*calls])
+            if reason := unfit(outputs, found, calls):
+                self._apart(part, reason)
+            outputs = self.float_outputs(part, Samples(found, self.streamed.device))
+            given.append({i: call.with_hidden(torch.empty(0)) for i, call in found.items()})
+        return outputs, given
+
+    def _rounded(
+        self,
+        unit: Unit,
+        calls: dict[int, Call],
+        given: Sequence[Mapping[int, Call]],
+        forwards: PausedForwards,
+        n: int,
+        weights: Callable[[BlockTask], dict[str, Tensor]],
+    ) -> dict[int, Any]:
+        """The quantized chain to the end of a unit: the last block's outputs."""
+        for part, then in zip(unit.parts, [*given, None], strict=True):
+            samples = Samples(calls, self.streamed.device)
+            calls.clear()
+            rounded = self._forward_all(part, samples, weights(part))
+            if then is not None:
+                forwards.resume({i + n: out for i, out in rounded.items()})
+                following = unit.parts[unit.parts.index(part) + 1]
+                found = self._next(forwards, following, [i + n for i in rounded])
+                calls = {i - n: call for i, call in found.items()}
+                if name := differs(calls, then):
+                    self._apart(following, f"{name} depends on what one of them puts out")
+        return rounded
+
+    def _next(
+        self, forwards: PausedForwards, part: BlockTask, inputs: Sequence[int]
+    ) -> dict[int, Call]:
+        """The calls of a unit's next block."""
+        found = forwards.at(part.index, inputs)
+        if found is None:
+            self._apart(part, "text does not go straight from one to the other")
+        return found
+
+    def _apart(self, part: BlockTask, reason: str) -> NoReturn:
+        before, name = self.streamed.blocks.names[part.index - 1 : part.index + 1]
+        raise InputError(
+            f"nblocks={self.recipe.nblocks}: {before} and {name} of {self.streamed.checkpoint.path}"
+            f" cannot be tuned as one: {reason}; leave nblocks at 1"
+        )
 
     def _written(self, task: BlockTask) -> dict[str, Tensor]:
         """The weights as the artefact has them."""
@@ -384,60 +448,6 @@ class Engine:
             )
         for part in layer.view.parts:
             self.artefact.put(self.plan.contents.modules[part.key], q.rows(*part.rows))
-
-
-def held_out(recipe: Recipe, indices: tuple[int, ...]) -> tuple[int, ...]:
-    """The samples that only judge."""
-    return indices[1:][-max(1, len(indices) // HELD_OUT) :] if recipe.feedback else ()
-
-
-def samples_at_once(recipe: Recipe, tokens: int, device: torch.device) -> int:
-    """Samples of ``tokens`` that go through a block together where no gradient is taken."""
-    return max(1, min(recipe.batch_size, tokens_at_once(device) // tokens))
-
-
-def stages_of(
-    recipe: Recipe, size: int, on_step: Callable[[int, float], None]
-) -> tuple[Stage, ...]:
-    """What a recipe does to each block, in order; ``size``: samples at once."""
-    stages: list[Stage] = [Search()]
-    if recipe.calibrates:
-        stages.append(Measure("loss_rtn", size))
-    if recipe.search:
-        stages.append(WeightedSearch(size))
-    if recipe.feedback:
-        stages.append(Kept(Feedback(size), "loss_rtn", size))
-    if recipe.iters:
-        stages.append(_signround(recipe, on_step))
-    return tuple(stages)
-
-
-def _signround(recipe: Recipe, on_step: Callable[[int, float], None]) -> SignRound:
-    def minmax_lr(bits: int) -> float:
-        if not recipe.enable_minmax_tuning:
-            return 0.0
-        return recipe.learning_rate(bits) if recipe.minmax_lr is None else recipe.minmax_lr
-
-    return SignRound(
-        recipe.iters,
-        recipe.batch_size,
-        recipe.gradient_accumulate_steps,
-        recipe.learning_rate,
-        minmax_lr,
-        recipe.seed,
-        on_step,
-        widest=2.0 if recipe.search else 1.0,
-        trim=lambda bits: 1e-3 if recipe.search and bits < 4 else 0.0,
-        keep_last=recipe.not_use_best_mse,
-        patience=recipe.dynamic_max_gap,
-        steps=_steps(recipe),
-    )
-
-
-def _steps(recipe: Recipe) -> Callable[[], Steps]:
-    if recipe.enable_adam:
-        return adam
-    return functools.partial(momentum, recipe.momentum) if recipe.momentum else Signed
 
 
 def _layer_task(layer: Layer, streamed: StreamedModel) -> LayerTask:

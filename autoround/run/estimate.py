@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from autoround.errors import InputError
@@ -74,7 +75,8 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What decides the memory of the largest block: bytes an element, tokens a sample and a batch.
+    """What decides the memory of the largest of `units`: bytes an element, tokens a sample and a
+    batch.
 
     ``hidden``: bytes of one copy of all samples' hidden states. ``outputs``: bytes that each layer
     puts out for a batch, in bf16; experts count as often as a token visits them.
@@ -103,9 +105,10 @@ def needs(
     if not recipe.calibrates:
         return Needs({"process": base + PROCESS, "tensors": max(proof, sum(every))}, 0, files, 0)
     held = HELD if recipe.enable_quanted_input else HELD // 2
+    held += recipe.nblocks > 1  # what passes from one block of a unit to the next
     low_memory = low_memory or COPIES * shape.hidden > available_bytes() // 2
     states = 0 if low_memory else held * shape.hidden
-    work = max(_work(plan, recipe, shape), _whole(plan, recipe, shape))
+    work = max(_work(plan, recipe, shape), _whole(plan, replace(recipe, nblocks=1)))
     forwards = FORWARD * recipe.nsamples * (2 if recipe.enable_quanted_input else 1)
     tables = _outside(plan.contents)
     block = shape.stored + work + tables
@@ -121,11 +124,17 @@ def needs(
     return Needs(memory, block if accelerated else 0, files, scratch)
 
 
+def units(plan: ModelPlan, nblocks: int) -> list[tuple[Layer, ...]]:
+    """Layers of the blocks that are in memory together."""
+    starts = range(0, len(plan.blocks), nblocks)
+    return [tuple(chain(*plan.blocks[at : at + nblocks])) for at in starts]
+
+
 def shape_of(plan: ModelPlan, recipe: Recipe) -> Shape:
-    """Of the largest block."""
+    """Of the largest unit."""
     contents = plan.contents
     config = contents.config.get("text_config") or contents.config
-    largest = max(plan.blocks, key=_weights, default=())
+    largest = max(units(plan, recipe.nblocks), key=_weights, default=())
     itemsize = _itemsize(contents, largest)
     limit = config.get("max_position_embeddings")
     seqlen = min(recipe.seqlen, limit) if isinstance(limit, int) and limit > 0 else recipe.seqlen
@@ -174,10 +183,11 @@ def _work(plan: ModelPlan, recipe: Recipe, shape: Shape) -> int:
     return int(work + ROUNDED[size] * shape.weights)
 
 
-def _whole(plan: ModelPlan, recipe: Recipe, shape: Shape) -> int:
+def _whole(plan: ModelPlan, recipe: Recipe) -> int:
     """Bytes that come and go in the end-to-end stage; one block's weights are there at a time."""
     if not recipe.end_to_end:
         return 0
+    shape = shape_of(plan, recipe)
     config = plan.contents.config.get("text_config") or plan.contents.config
     seqlen = shape.seqlen
     samples = max(1, min(BATCH, TOKENS // seqlen))
@@ -285,6 +295,7 @@ SAVINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--low-cpu-mem-usage", {"low_memory": True}),
     ("--batch-size 4", {"batch_size": 4}),
     ("--batch-size 1", {"batch_size": 1}),
+    ("--nblocks 1", {"nblocks": 1}),
     ("--end-to-end 0", {"end_to_end": 0}),
     ("--nsamples 32", {"nsamples": 32}),
     ("--seqlen 512", {"seqlen": 512}),
@@ -315,5 +326,5 @@ def savings(recipe: Recipe, low_memory: bool) -> Iterator[tuple[str, Recipe, boo
             low_memory,
         )
     if recipe.calibrates:
-        plain = replace(recipe, feedback=False, search=False, iters=0, end_to_end=0)
+        plain = replace(recipe, feedback=False, search=False, iters=0, end_to_end=0, nblocks=1)
         yield "--recipe rtn", plain, False

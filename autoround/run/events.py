@@ -54,10 +54,11 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class BlockFailed:
-    """An exception leaves a block, whose tensors are still there; nothing of it is written."""
+    """An exception leaves blocks that are tuned as one (usually it is one), whose tensors are still
+    there; nothing of them is written. ``index``: of the first."""
 
     index: int
-    name: str
+    names: tuple[str, ...]
     task: "BlockTask"
     error: Exception
 
@@ -151,8 +152,8 @@ def _fields(event: Event) -> dict[str, Any]:
             return {"index": index, "name": name}
         case Step(t, loss):
             return {"t": t, "loss": loss if math.isfinite(loss) else None}
-        case BlockFailed(index, name, _, error):
-            return {"index": index, "name": name, "error": f"{type(error).__name__}: {error}"}
+        case BlockFailed(index, names, _, error):
+            return {"index": index, "name": names[0], "error": f"{type(error).__name__}: {error}"}
         case BlockDone(report):
             values = asdict(report)
             return {k: None if v != v else v for k, v in values.items()}  # NaN is no JSON

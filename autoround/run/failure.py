@@ -43,11 +43,12 @@ reproduce(Path(__file__).parent)
 
 @dataclass(frozen=True, slots=True)
 class _Scene:
-    """A block as it stood when it failed: all on the host, nothing of it shared."""
+    """A block, or several tuned as one, as it stood when it failed: all on the host, nothing of it
+    shared. ``index``: the first's. ``layers``: by their names in it."""
 
     index: int
-    name: str
-    layers: tuple[Layer, ...]
+    names: tuple[str, ...]
+    layers: dict[str, Layer]
     state: dict[str, Tensor]
     chains: dict[str, list[tuple[Any, Any]]]
     statistics: dict[str, Any]
@@ -82,8 +83,9 @@ class Recorder:
         if scene is not None:
             facts["block"] = {
                 "index": scene.index,
-                "name": scene.name,
-                "layers": [_layer(layer, scene.name) for layer in scene.layers],
+                "name": scene.names[0],
+                "count": len(scene.names),
+                "layers": [_layer(name, layer) for name, layer in scene.layers.items()],
                 "tensors": scene.statistics,
             }
         where = _directory(output)
@@ -169,8 +171,13 @@ def _scene(event: BlockFailed, plan: ModelPlan) -> _Scene:
     for name, own in chains.items():
         found |= {f"input {name} {i}": t for i, call in enumerate(own) for t in _tensors(call)[:1]}
     statistics = {name: describe(t) for name, t in found.items()}
-    layers = plan.blocks[event.index]
-    return _Scene(event.index, event.name, layers, state, chains, statistics)
+    layers = {
+        (f"{at}." if len(event.names) > 1 else "")
+        + layer.view.param.removeprefix(f"{name}."): layer
+        for at, name in enumerate(event.names)
+        for layer in plan.blocks[event.index + at]
+    }
+    return _Scene(event.index, event.names, layers, state, chains, statistics)
 
 
 def describe(t: Tensor) -> dict[str, Any]:
@@ -210,10 +217,10 @@ def _tensors(value: Any) -> list[Tensor]:
     return [t for item in inside for t in _tensors(item)]
 
 
-def _layer(layer: Layer, block: str) -> dict[str, Any]:
+def _layer(name: str, layer: Layer) -> dict[str, Any]:
     view = layer.view
     return {
-        "name": view.param.removeprefix(block + "."),
+        "name": name,
         "spec": str(layer.spec),
         "shape": [*view.shape],
         "experts": view.experts,

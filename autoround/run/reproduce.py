@@ -13,8 +13,9 @@ from autoround.models import Call, Samples, compat, find_blocks
 from autoround.models.survey import WeightView
 from autoround.recipe import Recipe
 from autoround.run import chains
-from autoround.run.engine import held_out, samples_at_once, stages_of
+from autoround.run.course import held_out, samples_at_once, stages_of
 from autoround.run.failure import BLOCK, FACTS
+from autoround.run.units import Joined
 from autoround.stages import BlockTask, LayerTask
 from autoround.stages.task import hidden
 
@@ -32,7 +33,8 @@ def reproduce(directory: Path, *, trust_remote_code: bool = False) -> dict[str, 
     config = compat.load_config(str(directory), trust_remote_code)
     dtype = next(t.dtype for t in state.values() if t.is_floating_point())
     model: Any = compat.skeleton(config, dtype, trust_remote_code)
-    module = find_blocks(model).modules[block["index"]]
+    modules = find_blocks(model).modules[block["index"] :][: block["count"]]
+    module = modules[0] if len(modules) == 1 else Joined(modules)
     module.load_state_dict(state, strict=False, assign=True)
     module.requires_grad_(False)
     layers = {row["name"]: _layer_task(module, row) for row in block["layers"]}

@@ -138,6 +138,7 @@ GIVEN: dict[str, Any] = {
     "dynamic_max_gap": 5,
     "momentum": 0.9,
     "enable_adam": True,
+    "nblocks": 2,
     "enable_quanted_input": False,
     "seed": 1,
 }
@@ -225,12 +226,6 @@ def test_split_names(text: str | None, names: tuple[str, ...] | None) -> None:
 )
 def test_default_output(scheme: Scheme, name: str) -> None:
     assert default_output("/some/where/m", scheme) == Path(name)
-
-
-def test_blocks_are_tuned_one_by_one() -> None:
-    assert build_recipe(None, {"nblocks": 1}) == build_recipe(None, {})
-    with pytest.raises(InputError, match="nblocks=2: blocks are tuned one by one"):
-        build_recipe(None, {"nblocks": 2})
 
 
 @pytest.mark.parametrize(

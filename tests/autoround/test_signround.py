@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SignRound against a wrapper written from the paper: plain torch, autograd, straight-through.
-
-The reference below follows algorithms.md 1.2 to 1.5 and shares no code with `hal` or the stage.
-"""
+"""SignRound against the paper (`paper.py`): plain torch, autograd, straight-through."""
 
 import contextlib
 from collections import Counter
@@ -15,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from paper import Wrapped, fp16, order_of, reference, rne
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -22,7 +20,7 @@ import hal
 from autoround.models import Call, Samples
 from autoround.options import build_recipe
 from autoround.recipe import Recipe
-from autoround.run import engine, pipeline
+from autoround.run import course, engine, pipeline
 from autoround.scheme import Scheme
 from autoround.stages import BlockTask, LayerTask, Measure, Search, SignRound, WeightedSearch
 from autoround.stages.search import filled
@@ -44,95 +42,6 @@ class Block(nn.Module):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor]:
         x = hidden_states
         return (x + self.down(torch.sigmoid(self.gate(x)) * self.up(x)),)
-
-
-class Wrapped:
-    """One weight of the reference: V, alpha, beta as leaves; what W becomes, by autograd."""
-
-    def __init__(self, w: Tensor, scheme: Scheme) -> None:
-        self.w, self.scheme = w, scheme
-        self.groups = w.shape[1] // scheme.group_size
-        g = self._grouped(w)
-        self.low, self.high = g.amin(-1).clamp(max=0), g.amax(-1).clamp(min=0)
-        self.v = torch.zeros_like(w, requires_grad=True)
-        self.alpha = torch.ones(self.low.shape, requires_grad=True)
-        self.beta = torch.ones(self.low.shape, requires_grad=True)
-
-    def _grouped(self, x: Tensor) -> Tensor:
-        return x.view(x.shape[0], self.groups, -1)
-
-    def scale_zero(self) -> tuple[Tensor, Tensor]:
-        below, above = -self.low * self.alpha, self.high * self.beta
-        levels = 2**self.scheme.bits - 1
-        if self.scheme.sym:
-            sign = torch.where(above < below, 1.0, -1.0)
-            s = fp16(sign * torch.maximum(below, above) / 2 ** (self.scheme.bits - 1))
-            return s, torch.zeros_like(s)
-        s = fp16((above + below) / levels)
-        return s, rne(below / s).clamp(0, levels)
-
-    def __call__(self) -> Tensor:
-        s, z = (x[..., None] for x in self.scale_zero())
-        half = 2 ** (self.scheme.bits - 1)
-        least, most = (-half, half - 1) if self.scheme.sym else (0, 2 * half - 1)
-        q = (rne(self._grouped(self.w) / s + self._grouped(self.v)) + z).clamp(least, most)
-        return (s * (q - z)).view_as(self.w)
-
-    @property
-    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.v, self.alpha, self.beta
-
-
-def rne(x: Tensor) -> Tensor:
-    """Rounding, straight-through."""
-    return x + (x.round() - x).detach()
-
-
-def fp16(x: Tensor) -> Tensor:
-    """Storage in fp16, straight-through."""
-    return x + (x.half().float() - x).detach()
-
-
-def reference(
-    block: Block,
-    xs: list[Tensor],
-    ys: list[Tensor],
-    scheme: Scheme,
-    stage: SignRound,
-    order: list[list[int]],
-) -> tuple[dict[str, Wrapped], list[float]]:
-    """The loop of algorithms.md 1.5; leaves end as the best step's, copied before its update."""
-    wrapped = {
-        f"{name}.weight": Wrapped(m.weight.detach(), scheme) for name, m in block.named_children()
-    }
-    best, kept, losses = float("inf"), {}, []
-    for t, indices in enumerate(order):
-        total = 0.0
-        for start in range(0, len(indices), stage.batch_size):
-            micro = indices[start : start + stage.batch_size]
-            x, y = torch.cat([xs[i] for i in micro]), torch.cat([ys[i] for i in micro])
-            out = functional_call(block, {n: w() for n, w in wrapped.items()}, (x,))[0]
-            loss = ((out - y) ** 2).mean() * len(micro) / len(indices)
-            (1000 * loss).backward()
-            total += loss.item()
-        losses.append(total)
-        if total < best:
-            best = total
-            kept = {n: [p.detach().clone() for p in w.leaves] for n, w in wrapped.items()}
-        lr = stage.lr(scheme.bits) * (1 - t / stage.iters)
-        range_lr = stage.minmax_lr(scheme.bits) * (1 - t / stage.iters)
-        with torch.no_grad():
-            for w in wrapped.values():
-                for p, step in zip(w.leaves, (lr, range_lr, range_lr), strict=True):
-                    p -= step * p.grad.sign()
-                    p.grad = None
-                w.alpha.clamp_(0, 1)
-                w.beta.clamp_(0, 1)
-    with torch.no_grad():
-        for name, w in wrapped.items():
-            for p, value in zip(w.leaves, kept[name], strict=True):
-                p.copy_(value)
-    return wrapped, losses
 
 
 def case(scheme: Scheme) -> tuple[Block, list[Tensor], list[Tensor], BlockTask]:
@@ -157,19 +66,6 @@ def stage(told: Callable[[int, float], None] = lambda t, loss: None, **changes: 
     return replace(plain, **changes)
 
 
-def order_of(s: SignRound) -> list[list[int]]:
-    """The batches a stage takes, by its own rule: seed and block, reshuffled when short."""
-    random, items, batches = Random(f"{s.seed}:0"), list(range(COUNT)), []
-    size, at = min(s.batch_size * s.accumulate, COUNT), COUNT
-    for _ in range(s.iters):
-        if at + size > COUNT:
-            random.shuffle(items)
-            at = 0
-        batches.append(items[at : at + size])
-        at += size
-    return batches
-
-
 SCHEMES = [Scheme(b, g, sym) for b, g in ((2, 16), (4, 32), (8, 16)) for sym in (True, False)]
 
 
@@ -180,7 +76,11 @@ def test_equal_to_autograd(scheme: Scheme) -> None:
     block, xs, ys, task = case(scheme)
     Search().run(task)
     run.run(task)
-    wrapped, losses = reference(block, xs, ys, scheme, run, order_of(run))
+    wrapped = {n: Wrapped(la.w.clone(), scheme) for n, la in task.layers.items()}
+    order = order_of(run, COUNT)
+    losses = reference(
+        lambda weights, x: functional_call(block, weights, (x,))[0], wrapped, xs, ys, run, order
+    )
     assert told == pytest.approx(losses, rel=1e-4)
     assert min(losses) < 0.9 * losses[0]
     for name, layer in task.layers.items():
@@ -323,12 +223,12 @@ def test_range_is_left_alone_without_minmax_tuning() -> None:
 
 
 def test_recipe_decides_the_steps() -> None:
-    made = engine._signround(Recipe(iters=1000), lambda t, loss: None)
+    made = course._signround(Recipe(iters=1000), lambda t, loss: None)
     assert [made.lr(b) for b in (2, 3, 4)] == [2e-3, 2e-3, 1e-3]
     assert [made.minmax_lr(b) for b in (2, 4)] == [2e-3, 1e-3]
-    off = engine._signround(Recipe(enable_minmax_tuning=False), lambda t, loss: None)
+    off = course._signround(Recipe(enable_minmax_tuning=False), lambda t, loss: None)
     assert (off.lr(4), off.minmax_lr(4)) == (5e-3, 0.0)
-    own = engine._signround(Recipe(lr=0.1, minmax_lr=0.2), lambda t, loss: None)
+    own = course._signround(Recipe(lr=0.1, minmax_lr=0.2), lambda t, loss: None)
     assert (own.lr(2), own.minmax_lr(2)) == (0.1, 0.2)
 
 
@@ -441,7 +341,7 @@ def test_wide_ranges_equal_autograd() -> None:
         minmax_lr=lambda bits: 0.02,
         trim=lambda bits: 0.01,
     )
-    order = order_of(run)
+    order = order_of(run, COUNT)
     leaves = {n: (torch.zeros_like(la.w, requires_grad=True), torch.ones_like(start[n]))
               for n, la in task.layers.items()}  # fmt: skip
     weights = {n: la.w for n, la in task.layers.items()}
