@@ -42,6 +42,7 @@ DTYPES = {
     "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32, "C64": torch.complex64,
     "I64": torch.int64, "U64": torch.uint64, "F64": torch.float64,
 }  # fmt: skip
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # What a runtime may want beside the weights; no weights, git files or documentation.
 COMPANIONS = (
     "tokenizer*", "*.tiktoken", "*.model", "vocab.*", "merges.txt", "added_tokens.json",
@@ -272,7 +273,9 @@ class Checkpoint:
         return {}
 
     def _bits(self, name: str) -> Tensor:
-        return self.get(name).reshape(-1).view(torch.uint8)
+        """A tensor's numbers as integers: 0 is not -0. Wide ones are compared 4 times as fast."""
+        x = self.get(name)
+        return x.view(INTEGERS.get(x.element_size(), torch.uint8))
 
     def unstacked(self, chosen: Iterable[str]) -> list[str]:
         """Keys of all tensors; in the place of a stack that layers in ``chosen`` are of, those of

@@ -39,11 +39,13 @@ def main(argv: list[str]) -> None:
     """Quantize to W4A16 in groups of 128, several times each."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks stream", description=__doc__)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--model", type=Path, help="Another checkpoint's directory.")
     parser.add_argument("--peer-bin", type=Path, default=PEERS / "auto-round" / "bin")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("-o", "--output", type=Path, default=Path(".cache/decode"))
     o = parser.parse_args(argv)
-    model, out = str(random_model(o.output / "qwen3-0.6b").resolve()), o.output / "stream"
+    source = o.model or random_model(o.output / "qwen3-0.6b")
+    model, out = str(source.resolve()), o.output / "stream"
     own = [str(Path(sys.executable).parent / "autoround"), "quantize", model, "--recipe", "rtn"]
     theirs = [str(o.peer_bin / "auto-round"), "--model", model, "--model_free", "--iters", "0"]
     commands = {
