@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,15 +100,65 @@ def refuse_names(checkpoint: Checkpoint) -> str | None:
         if wanted != held:
             differ = sorted(dict(wanted.items() ^ held.items())) or ["its config"]
             return f"{differ[0]} is not what its config says"
-    elif config.get("tie_word_embeddings") and HEAD in {*entries} - {*checkpoint.copies}:
+    elif _tied(config) and HEAD in {*entries} - {*checkpoint.copies}:
         return "its head is stored and tied"
     if computed_in(checkpoint) is None:
         return "its weights are not in f16, bf16 or f32"
     return None if _inside(entries) else "no list of blocks shows in its names"
 
 
-#: Families of transformers whose tensors follow from the config; `_tensors` knows them.
-FAMILIES = ("llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe")
+class Family(NamedTuple):
+    """Where the tensors of a family of transformers differ from Llama's.
+
+    ``norms`` of a block. ``head_norms``: of queries and keys, one for each "head" or of "all" at
+    once. ``biased``: queries, keys and values always have biases; where only the config can say so,
+    ``out_biased``: the output projection has one too. ``fused_qkv``, ``fused_up``: one weight for
+    those, for gate and up. ``experts``: where they are, and the names of their weights. ``tied``:
+    the head is the embedding where the config does not say.
+    """
+
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    head_norms: str = ""
+    biased: bool = False
+    out_biased: bool = True
+    fused_qkv: bool = False
+    fused_up: bool = False
+    experts: tuple[str, tuple[str, str, str]] | None = None
+    tied: bool = False
+
+
+AFTER = ("post_attention_layernorm", "post_feedforward_layernorm")
+AROUND = ("input_layernorm", *AFTER, "pre_feedforward_layernorm")
+GATED = ("gate_proj", "up_proj", "down_proj")
+#: Families whose tensors follow from the config: checkpoints that need no model.
+FAMILIES: dict[str, Family] = {
+    "cohere2": Family(("input_layernorm",), tied=True),
+    "gemma": Family(tied=True),
+    "gemma2": Family(AROUND, tied=True),
+    "gemma3_text": Family(AROUND, "head", tied=True),
+    "glm4": Family(
+        ("input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm",
+         "post_mlp_layernorm"),
+        out_biased=False, fused_up=True,
+    ),
+    "granite": Family(),
+    "llama": Family(),
+    "mistral": Family(),
+    "mixtral": Family(experts=("block_sparse_moe", ("w1", "w3", "w2"))),
+    "olmo2": Family(AFTER, "all"),
+    "olmo3": Family(AFTER, "all"),
+    "phi3": Family(fused_qkv=True, fused_up=True),
+    "qwen2": Family(biased=True, out_biased=False),
+    "qwen3": Family(head_norms="head"),
+    "qwen3_moe": Family(head_norms="head", experts=("mlp", GATED)),
+    "smollm3": Family(tied=True),
+}  # fmt: skip
+
+
+def _tied(config: Mapping[str, Any]) -> bool:
+    """Whether the head is the embedding, unless it has bytes of its own."""
+    family = FAMILIES.get(str(config.get("model_type")), Family())
+    return bool(config.get("tie_word_embeddings", family.tied))
 
 
 def _tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -116,62 +166,64 @@ def _tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     try:
         hidden, vocabulary = config["hidden_size"], config["vocab_size"]
         shapes = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
-        if not config.get("tie_word_embeddings", False):
+        if not _tied(config):
             shapes[HEAD] = (vocabulary, hidden)
+        family = FAMILIES[config["model_type"]]
         for index in range(config["num_hidden_layers"]):
-            block = _attention(config) | _feed_forward(config, index)
+            block = _attention(config, family) | _feed_forward(config, family, index)
             shapes |= {f"model.layers.{index}.{name}": shape for name, shape in block.items()}
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
         return {}
     return shapes if all(type(n) is int for shape in shapes.values() for n in shape) else {}
 
 
-def _attention(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    kind, hidden, heads = config["model_type"], config["hidden_size"], config["num_attention_heads"]
+def _attention(config: Mapping[str, Any], family: Family) -> dict[str, tuple[int, ...]]:
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
     dim = config.get("head_dim") or hidden // heads
     q, kv = heads * dim, config["num_key_value_heads"] * dim
-    rows = {"q": q, "k": kv, "v": kv} if kind != "phi3" else {"qkv": q + 2 * kv}
+    rows = {"qkv": q + 2 * kv} if family.fused_qkv else {"q": q, "k": kv, "v": kv}
     shapes: dict[str, tuple[int, ...]] = {
         f"self_attn.{name}_proj.weight": (n, hidden) for name, n in rows.items()
     }
-    if kind == "qwen2" or config.get("attention_bias"):
+    if family.biased or config.get("attention_bias"):
         shapes |= {f"self_attn.{name}_proj.bias": (n,) for name, n in rows.items()}
-    if kind != "qwen2" and config.get("attention_bias"):
+    if family.out_biased and config.get("attention_bias"):
         shapes["self_attn.o_proj.bias"] = (hidden,)
-    if kind in ("qwen3", "qwen3_moe"):
-        shapes |= {f"self_attn.{name}_norm.weight": (dim,) for name in "qk"}
-    norms = ("input_layernorm", "post_attention_layernorm")
-    shapes |= {f"{name}.weight": (hidden,) for name in norms}
+    if family.head_norms:
+        sizes = {"q": q, "k": kv} if family.head_norms == "all" else {"q": dim, "k": dim}
+        shapes |= {f"self_attn.{name}_norm.weight": (n,) for name, n in sizes.items()}
+    shapes |= {f"{name}.weight": (hidden,) for name in family.norms}
     return shapes | {"self_attn.o_proj.weight": (hidden, q)}
 
 
-def _feed_forward(config: Mapping[str, Any], index: int) -> dict[str, tuple[int, ...]]:
-    kind, hidden, inner = config["model_type"], config["hidden_size"], config["intermediate_size"]
-    if kind == "phi3":
+def _feed_forward(
+    config: Mapping[str, Any], family: Family, index: int
+) -> dict[str, tuple[int, ...]]:
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    if family.fused_up:
         return {
             "mlp.gate_up_proj.weight": (2 * inner, hidden),
             "mlp.down_proj.weight": (hidden, inner),
         }
-    up, down = ("gate_proj", "up_proj"), "down_proj"
-    where = ["mlp"]
+    places, names = ["mlp"], GATED
     shapes: dict[str, tuple[int, ...]] = {}
-    if kind == "mixtral":
-        up, down, where = ("w1", "w3"), "w2", ["block_sparse_moe"]
-    if kind == "mixtral" or (kind == "qwen3_moe" and _sparse(config, index)):
+    if family.experts and _sparse(config, index):
+        home, names = family.experts
         experts = config.get("num_local_experts") or config["num_experts"]
-        inner = inner if kind == "mixtral" else config["moe_intermediate_size"]
-        shapes[f"{where[0]}.gate.weight"] = (experts, hidden)
-        where = [f"{where[0]}.experts.{e}" for e in range(experts)]
-    for at in where:
-        shapes |= {f"{at}.{name}.weight": (inner, hidden) for name in up}
+        inner = config.get("moe_intermediate_size") or inner
+        shapes[f"{home}.gate.weight"] = (experts, hidden)
+        places = [f"{home}.experts.{e}" for e in range(experts)]
+    gate, up, down = names
+    for at in places:
+        shapes |= {f"{at}.{name}.weight": (inner, hidden) for name in (gate, up)}
         shapes[f"{at}.{down}.weight"] = (hidden, inner)
     return shapes
 
 
 def _sparse(config: Mapping[str, Any], index: int) -> bool:
-    """Whether a block of Qwen3-MoE has experts."""
-    dense: Sequence[int] = config["mlp_only_layers"] or ()
-    return index not in dense and (index + 1) % int(config["decoder_sparse_step"]) == 0
+    """Whether a block has experts: of Mixtral every one, of Qwen3-MoE those that it says."""
+    dense: Sequence[int] = config.get("mlp_only_layers") or ()
+    return index not in dense and (index + 1) % int(config.get("decoder_sparse_step", 1)) == 0
 
 
 @cache
@@ -218,7 +270,7 @@ def by_names(checkpoint: Checkpoint) -> Survey:
         else:
             blocks[index].append(made)
     own = HEAD in checkpoint.entries and HEAD not in checkpoint.copies
-    if checkpoint.config.get("tie_word_embeddings") and not own:
+    if _tied(checkpoint.config) and not own:
         tables = (k for k in checkpoint.entries if k.endswith(f".{EMBEDDING}"))
         kept |= {key.removesuffix(".weight"): tied_to(HEAD) for key in tables}
     head = _by_name(checkpoint, HEAD) if own else ""

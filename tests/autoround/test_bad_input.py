@@ -210,7 +210,7 @@ def test_already_quantized(model: Path, tmp_path: Path, refused: Refused) -> Non
         (["--budget", "30"], ["budget='30'", "write it like 90s, 30m or 2h"]),
         (["--target-kl", "0.1", "--nsamples", "8"], ["choose the samples; leave nsamples out"]),
         (["--recipe", "rtn", "--budget", "1m"], ["grow the samples of the closed form"]),
-        (["--nblocks", "2"], ["nblocks=2", "leave it at 1"]),
+        (["--recipe", "autoround", "--nblocks", "2"], ["nblocks=2", "use --recipe signround"]),
         (["--device-map", "0,1"], ["device '1' is not on this machine", "choose auto or"]),
         (["--device-map", "tpu:9"], ["device 'tpu:9' is not on this machine", "choose auto or"]),
         ([*RTN, "--nsamples", "8"], ["nsamples has no effect", "leave it out, or give --iters"]),

@@ -22,6 +22,17 @@ from autoround.recipe import Recipe
 from autoround.run import pipeline, stream
 
 HOST = torch.empty(0).device
+#: Families that no other test needs: (model class, what is changed).
+ALSO: dict[str, tuple[str, dict[str, Any]]] = {
+    "cohere2": ("Cohere2ForCausalLM", {"attention_bias": True} | zoo.TIED),
+    "gemma": ("GemmaForCausalLM", {"head_dim": 16} | zoo.TIED),
+    "gemma2": ("Gemma2ForCausalLM", {"head_dim": 32, "attention_bias": True} | zoo.TIED),
+    "glm4": ("Glm4ForCausalLM", {"head_dim": 16, "attention_bias": True}),
+    "granite": ("GraniteForCausalLM", {"attention_bias": True}),
+    "olmo2": ("Olmo2ForCausalLM", {}),
+    "olmo3": ("Olmo3ForCausalLM", {}),
+    "smollm3": ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0, 1]} | zoo.TIED),
+}
 #: name -> what of the zoo's model is changed
 SERVED: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True},
@@ -30,8 +41,10 @@ SERVED: dict[str, dict[str, Any]] = {
     "qwen3_tied": {},
     "mistral": {},
     "phi3": {},
+    "gemma3": {},
     "mixtral": {},
     "qwen3_moe": {},
+    **{name: {} for name in ALSO},
 }
 Saved = Callable[..., Path]
 
@@ -61,8 +74,21 @@ def both(recipe: Recipe, source: Path, work: Path, monkeypatch: pytest.MonkeyPat
 def test_the_bytes_are_those_of_the_run_through_the_model(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if name in ALSO:
+        monkeypatch.setitem(zoo.ZOO, name, ALSO[name])
     shard = "60KB" if name in ("llama", "mixtral") else "5GB"
     source = zoo.save(name, tmp_path / "float", shard, SERVED[name], torch.bfloat16)
+    both(rtn(), source, tmp_path, monkeypatch)
+
+
+def test_a_config_that_leaves_the_tie_to_its_family(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(zoo.ZOO, "gemma", ALSO["gemma"])
+    source = zoo.save("gemma", tmp_path / "float", dtype=torch.bfloat16)
+    config = json.loads((source / "config.json").read_text())
+    del config["tie_word_embeddings"]
+    (source / "config.json").write_text(json.dumps(config))
     both(rtn(), source, tmp_path, monkeypatch)
 
 
