@@ -27,6 +27,8 @@ STEPS_ONLY = (
     "enable_adam",
     "nblocks",
 )
+#: Values of theirs that ask for nothing: the known tool's defaults.
+NEUTRAL = {"gradient_accumulate_steps": 1, "dynamic_max_gap": -1, "momentum": 0.0, "nblocks": 1}
 #: Choices that only a run with data uses.
 DATA_ONLY = ("dataset", "nsamples", "seqlen", "batch_size", "enable_quanted_input", "seed")
 
@@ -37,8 +39,7 @@ def build_recipe(name: str | None, changes: Mapping[str, Any]) -> Recipe:
     Without a name: ``rtn`` for ``iters`` 0, ``signround`` where steps or their rates are given,
     else ``autoround``. A choice that would have no effect raises InputError.
     """
-    if changes.get("nblocks") == 1:  # what every recipe does, with steps or without
-        changes = {key: value for key, value in changes.items() if key != "nblocks"}
+    changes = {k: v for k, v in changes.items() if k not in NEUTRAL or v != NEUTRAL[k]}
     if name is None:
         stepwise = any(changes.get(key) is not None for key in ("iters", *STEPS_ONLY))
         name = "rtn" if changes.get("iters") == 0 else "signround" if stepwise else "autoround"

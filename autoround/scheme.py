@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from autoround.errors import InputError
-from autoround.patterns import compiled
+from autoround.patterns import Pattern, compiled
 from hal import Spec
 
 #: Bits of a weight that stays as it is in the checkpoint.
@@ -109,16 +109,24 @@ def override(base: Scheme, changes: Mapping[str, Any] | str | Scheme, where: str
 
 
 def pattern(key: str, names: Iterable[str]) -> list[str]:
-    """Names that ``key`` means: an exact name or whole module, else a regular expression, searched.
+    """Names that ``key`` means: an exact name or whole module, else a glob or a regular expression.
 
-    A key without metacharacters is a substring; a number at either end of it is a whole number, so
-    ``layers.1`` does not reach ``layers.10``. Raises InputError when nothing matches.
+    A glob has ``*`` for anything, not after a dot alone (``*.q_proj``, ``model.layers.1*.mlp``),
+    and is the whole name or a module's; expressions (``.*q_proj``) are searched. A key without
+    metacharacters is a substring; a number at either end of it is a whole number, so ``layers.1``
+    does not reach ``layers.10``. Raises InputError when nothing matches.
     """
     names = list(names)
     if exact := [n for n in names if n == key or n.startswith(key + ".")]:
         return exact
-    plain = not re.search(r"[*^$|()\[\]?+\\]", key)
-    own = re.compile(rf"(?<!\d(?=\d)){re.escape(key)}(?!(?<=\d)\d)") if plain else compiled(key)
+    own: re.Pattern[str] | Pattern
+    if not re.search(r"[*^$|()\[\]?+\\]", key):
+        own = re.compile(rf"(?<!\d(?=\d)){re.escape(key)}(?!(?<=\d)\d)")
+    elif re.fullmatch(r"[\w.*-]+", key) and re.search(r"(?<!\.)\*", key):
+        anything = ".*".join(map(re.escape, key.split("*")))
+        own = compiled(rf"^{anything}(\..*)?$")
+    else:
+        own = compiled(key)
     found = [n for n in names if own.search(n)]
     if not found:
         example = names[0] if names else "none"

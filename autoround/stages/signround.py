@@ -14,7 +14,7 @@ from torch import Tensor
 
 import hal
 from autoround.stages.steps import Signed, Steps
-from autoround.stages.task import BlockTask, chunks
+from autoround.stages.task import BUT_LAST, BlockTask, chunks
 
 #: Keeps small gradients out of the underflow of half precision; signs do not change.
 LOSS_SCALE = 1000.0
@@ -27,7 +27,8 @@ class SignRound:
     Weights that an earlier stage has fixed stay as they are.
 
     ``lr``, ``minmax_lr``: bits -> initial step, falling linearly to 0. ``on_step(t, loss)`` is told
-    of every step. Random order depends on ``seed`` and the block only, so a run can be resumed.
+    of every step. A sample's last position, which foretells nothing in it, does not count. Random
+    order depends on ``seed`` and the block only, so a run can be resumed.
     ``widest``: how far a range may grow, 1 in the first paper and 2 on a searched range in the
     second. ``trim``: bits -> share of the block's output, where it is worst, that the loss ignores.
     ``keep_last``: the last step's parameters are kept instead. ``patience``: steps without a new
@@ -93,7 +94,7 @@ class SignRound:
         for micro in chunks(indices, self.batch_size):
             for batch in task.x.batches(micro, self.batch_size):
                 share = len(batch) / len(indices)
-                loss = task.loss(batch, {**task.fixed, **weights}, trim) * share
+                loss = task.loss(batch, {**task.fixed, **weights}, trim, BUT_LAST) * share
                 total += float(loss.detach())
                 found = torch.autograd.grad(loss * LOSS_SCALE, list(weights.values()))
                 for name, grad in zip(weights, found, strict=True):

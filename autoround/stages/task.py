@@ -14,6 +14,9 @@ from torch.nn import functional as F
 import hal
 from hal.device import gathered
 
+#: Positions of a sample.
+EVERY, BUT_LAST = slice(None), slice(-1)
+
 
 class Call(Protocol):
     """How the model calls the block for a batch of samples."""
@@ -116,15 +119,20 @@ class BlockTask:
         return gathered([self.y[i] for i in indices], next(iter(self.layers.values())).w.device)
 
     def loss(
-        self, indices: Sequence[int], weights: Mapping[str, Tensor], trim: float = 0.0
+        self,
+        indices: Sequence[int],
+        weights: Mapping[str, Tensor],
+        trim: float = 0.0,
+        positions: slice = EVERY,
     ) -> Tensor:
         """Mean squared error to the float block over a batch of samples, f32.
 
         ``trim``: the share of elements, those of largest error, that count as no error at all.
+        ``positions``: those of a sample that count.
         """
         assert self.x is not None
-        out = hidden(self.forward(self.x.gather(indices), weights))
-        target = self.target(indices)
+        out = hidden(self.forward(self.x.gather(indices), weights))[..., positions, :]
+        target = self.target(indices)[..., positions, :]
         if not trim:
             return F.mse_loss(out.float(), target.float())
         error = (out.float() - target.float()).flatten()

@@ -385,17 +385,6 @@ def test_chosen_blocks_that_are_not_there(saved: Saved, tmp_path: Path) -> None:
         rtn(saved("llama"), tmp_path / "o", to_quant_block_names=("visual",))
 
 
-@pytest.mark.parametrize("change", [{"momentum": 0.9}, {"enable_adam": True}])
-def test_steps_with_a_memory_end_elsewhere(
-    change: dict[str, Any], saved: Saved, tmp_path: Path
-) -> None:
-    longer = {"bits": 2, "iters": 16, "lr": 0.02}
-    plain = tune(saved("llama"), tmp_path / "plain", **longer)
-    other = tune(saved("llama"), tmp_path / "other", **longer, **change)
-    assert other.blocks[0].loss < other.blocks[0].loss_rtn
-    assert other.blocks[0].loss != plain.blocks[0].loss
-
-
 def test_nothing_to_quantize(saved: Saved, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no layer would be quantized \(asked for\)"):
         rtn(saved("llama"), tmp_path / "out", ignore_layers=("layers",))

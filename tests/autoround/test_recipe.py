@@ -12,6 +12,7 @@ import torch
 from autoround.errors import InputError
 from autoround.options import (
     DATA_ONLY,
+    NEUTRAL,
     STEPS_ONLY,
     build_recipe,
     default_output,
@@ -142,6 +143,12 @@ GIVEN: dict[str, Any] = {
     "enable_quanted_input": False,
     "seed": 1,
 }
+
+
+@pytest.mark.parametrize("option", NEUTRAL)
+@pytest.mark.parametrize("name", [None, "rtn", "light", "signround2"])
+def test_values_that_ask_for_nothing(name: str | None, option: str) -> None:
+    assert build_recipe(name, {option: NEUTRAL[option]}) == build_recipe(name, {})
 
 
 def test_every_tuning_option_is_tried() -> None:

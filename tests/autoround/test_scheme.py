@@ -117,6 +117,11 @@ def test_refused_override(changes: Any, words: str) -> None:
         ("self_attn", [n for n in LAYERS if "self_attn" in n]),
         (r"layers\.(0|11)\..*up_proj$", [of(0)[2], of(11)[2]]),
         (".*k_proj.*", leaf("k_proj")),
+        ("*.k_proj", leaf("k_proj")),
+        ("*k_proj", leaf("k_proj")),
+        ("*.mlp", [n for n in LAYERS if ".mlp." in n]),
+        ("model.layers.1*.mlp.up_proj", [of(b)[2] for b in (1, 10, 11)]),
+        ("model.layers.*.mlp.up_proj", leaf("up_proj")),
         (r"layers\.1", of(1) + of(10) + of(11)),
         ("model", LAYERS),
     ],
@@ -134,7 +139,7 @@ def test_dot_of_a_plain_key_is_a_dot() -> None:
         pattern("up.proj", LAYERS)
 
 
-@pytest.mark.parametrize("key", ["o_proj", "layers.12", r"layers\.12\."])
+@pytest.mark.parametrize("key", ["o_proj", "layers.12", r"layers\.12\.", "*.q_pro", "layers*"])
 def test_pattern_that_matches_nothing(key: str) -> None:
     with pytest.raises(InputError) as error:
         pattern(key, LAYERS)
@@ -142,7 +147,7 @@ def test_pattern_that_matches_nothing(key: str) -> None:
     assert LAYERS[0] in str(error.value)
 
 
-@pytest.mark.parametrize("key", ["layers.(", "*q_proj", "[a"])
+@pytest.mark.parametrize("key", ["layers.(", "*q_proj$", "[a"])
 def test_bad_regular_expression(key: str) -> None:
     with pytest.raises(InputError, match="is not a regular expression"):
         pattern(key, LAYERS)

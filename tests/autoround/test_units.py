@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks tuned as one (`nblocks`): against plain torch, and where it would not be right."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -65,6 +66,8 @@ def test_equal_to_two_blocks_in_plain_torch(
         tasks.append((task, engine._dequantized(task)))
 
     monkeypatch.setattr(engine.Engine, "_run_stages", spy)
+    # In f32: of bf16 products a last bit more or less turns signs.
+    monkeypatch.setattr(engine.Engine, "computing", lambda self: contextlib.nullcontext())
     recipe = build_recipe("signround", SMALL | {"nblocks": 2})
     source = Source(saved("llama"), CPU)
     run = pipeline.quantize(
@@ -77,8 +80,7 @@ def test_equal_to_two_blocks_in_plain_torch(
     floats = quants = [model.embed_tokens(row[None]) for row in run.tokens.ids]
     for (task, ours), losses, indices in zip(tasks, told, ([0, 1], [2]), strict=True):
         chain = Chain([model.layers[i] for i in indices], model.rotary_emb)
-        with torch.autocast("cpu", torch.bfloat16):  # the arithmetic of f32 models
-            ys = [chain(x) for x in floats]
+        ys = [chain(x) for x in floats]
         prefix = "layers." if len(indices) > 1 else "layers.0."
         wrapped = {
             prefix + name: paper.Wrapped(layer.w.clone(), recipe.weight_scheme)
@@ -87,8 +89,7 @@ def test_equal_to_two_blocks_in_plain_torch(
         assert len(wrapped) == 7 * len(indices)
 
         def forward(weights: dict[str, Tensor], x: Tensor, chain: nn.Module = chain) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
-                out: Tensor = functional_call(chain, weights, (x,))
+            out: Tensor = functional_call(chain, weights, (x,))
             return out
 
         order = paper.order_of(stage, len(ROWS), indices[0])
@@ -223,9 +224,7 @@ def test_models_that_do_more_between_blocks(
 # ---- what is asked for ---------------------------------------------------------------------------
 
 
-def test_one_block_is_what_every_recipe_does() -> None:
-    for name in (None, "rtn", "light", "signround2"):
-        assert build_recipe(name, {"nblocks": 1}) == build_recipe(name, {})
+def test_units_ask_for_steps() -> None:
     assert build_recipe(None, {"nblocks": 2}) == replace(build_recipe("signround", {}), nblocks=2)
 
 

@@ -103,6 +103,24 @@ def test_qdq_step_follows_autograd(text: str) -> None:
         assert agree == 1.0
 
 
+@pytest.mark.parametrize("text", ["s4:g4:f16", "u4:g4:f16:int"])
+def test_the_offset_moves_by_signs_of_scale_and_gradient(text: str) -> None:
+    """algorithms.md 1.3: against sign(scale) sign(gradient), and not at all where it is clipped."""
+    spec = Spec.parse(text)
+    w = torch.tensor([[-8.0, 7.0, 1.0, 2.0], [8.0, -7.0, 1.0, 2.0]])
+    amin, amax = codec.value_range(w, spec)
+    half = torch.full_like(amin, 0.5)  # of the range: the first two of each row are cut off
+    p = Params(torch.zeros_like(w), half.clone(), half.clone(), amin, amax)
+    _, _, scale, _ = codec.levels(w, p, spec)
+    assert scale.sign().flatten().tolist() == ([1.0, -1.0] if spec.symmetric else [1.0, 1.0])
+    grad = torch.tensor([[1.0, -1.0, 1.0, -1.0], [1.0, -1.0, 1.0, -1.0]])
+    codec.qdq_step_(p, w, grad, spec, 0.25, 0.0)
+    assert p.v is not None
+    moved = -scale.sign() * grad * 0.25
+    moved[:, :2] = 0
+    assert torch.equal(p.v, moved)
+
+
 def _at_bound(leaf: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     """Range multipliers that the clamp to [0, 1] may have kept from moving."""
     return (old > 0.985) & (old <= 1) if leaf.shape[1] < 100 else torch.zeros_like(old).bool()
