@@ -29,7 +29,10 @@ struct RowDigits {
   static void put(const HalGemm& a, int digits, int64_t r, int p, const Chunk& c, const int8_t* in,
                   int8_t* out) {
     out += (r * digits + p) * a.w.kp + group_start(a.w.s, c.g) + c.i;
-    __builtin_memcpy(out, in, (size_t)c.n);
+    for (int64_t i = 0; i < c.n; i += 64) {
+      const __mmask64 some = ~0ull >> (c.n - i < 64 ? 64 - (c.n - i) : 0);
+      _mm512_mask_storeu_epi8(out + i, some, _mm512_loadu_si512(in + i));
+    }
   }
 };
 
@@ -44,15 +47,17 @@ static int64_t size_digits(const HalGemm& a) {
   return Place::size(a) + (a.w.s.groups + digits_of(a) * row_chunks(a.w)) * a.m * 4;
 }
 
-// Digits of 16 inputs: out[p] holds digit p, x / step = sum of digit[p] * 256^p.
+// P digits of 16 inputs, one behind the other, 16 bytes each: x / step = sum of digit[p] * 256^p.
 template <int P>
-HAL_INLINE void split(vf x, vf inverse, __m128i out[P]) {
+HAL_INLINE __m512i split(vf x, vf inverse) {
   const __m512i middle = _mm512_set1_epi32((int)(0x80808080u >> (32 - 8 * P)));
   const __m512i y = _mm512_add_epi32(_mm512_cvtps_epi32(mul(x, inverse)), middle);
-  for (int p = 0; p < P; p++) {
-    const __m128i byte = _mm512_cvtepi32_epi8(_mm512_srli_epi32(y, 8 * p));
-    out[p] = _mm_xor_si128(byte, _mm_set1_epi8((char)128));
-  }
+  const __m128i low = _mm_setr_epi8(0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60);
+  const __m512i digit = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  const __m512i every = _mm512_mullo_epi32(digit, _mm512_set1_epi32(0x01010101));
+  const __m512i from = _mm512_add_epi8(_mm512_broadcast_i32x4(low), every);
+  const __m512i bytes = _mm512_permutexvar_epi8(from, y);
+  return _mm512_xor_si512(bytes, _mm512_set1_epi8((char)128));
 }
 
 // An integer n below 2^22 in size, added to these bits, is the float 1.5 * 2^23 + n. Instead of a
@@ -60,37 +65,50 @@ HAL_INLINE void split(vf x, vf inverse, __m128i out[P]) {
 // for sums.
 const int32_t BIAS = 0x4b400000;
 
-HAL_INLINE int32_t sum_of_chunk(const int8_t* digits) {
+// Digits of a chunk, digits[p], and their sums: sum p in the lanes 4p .. 4p + 3.
+template <int P, int F>
+HAL_INLINE __m512i digits_of_chunk(const Stored<F>* x, int64_t n, float step,
+                                   int8_t digits[P][X_CHUNK]) {
   const __m512i ones = _mm512_set1_epi8(1);
-  __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, _mm512_loadu_si512(digits));
-  sum = _mm512_dpbusd_epi32(sum, ones, _mm512_loadu_si512(digits + 64));
-  return _mm512_reduce_add_epi32(sum);
+  const vf inverse = set1(1 / step);
+  __m512i sums = _mm512_setzero_si512();
+  for (int p = 0; p < P; p++) __builtin_memset(digits[p], 0, X_CHUNK);
+  for (int64_t i = 0; i < n; i += 16) {
+    __m512i own;
+    if constexpr (P == 1) {
+      act_codes<F>(x + i, n - i < 16 ? n - i : 16, step, digits[0] + i);
+      own = _mm512_zextsi128_si512(_mm_load_si128((const __m128i*)(digits[0] + i)));
+    } else {
+      own = split<P>(load_n<F>(x + i, n - i), inverse);
+      alignas(64) int8_t all[64];
+      _mm512_store_si512(all, own);
+      for (int p = 0; p < P; p++) __builtin_memcpy(digits[p] + i, all + 16 * p, 16);
+    }
+    sums = _mm512_dpbusd_epi32(sums, ones, own);
+  }
+  sums = _mm512_add_epi32(sums, _mm512_shuffle_epi32(sums, _MM_PERM_CDAB));
+  return _mm512_add_epi32(sums, _mm512_shuffle_epi32(sums, _MM_PERM_BADC));
 }
 
 template <class Place, int P, int F>
 HAL_INLINE void prepare_row(const HalGemm& a, const Digits& to, int64_t r) {
   const HalTiles& w = a.w;
+  float step = 0;
   for (Chunk c = first_chunk(w, 0); c.n; c = next_chunk(w, c)) {
     const int64_t inputs = group_inputs(w.s, c.g), n = inputs - c.i < c.n ? inputs - c.i : c.n;
     const Stored<F>* group = (const Stored<F>*)a.x + r * w.s.k + c.g * w.s.width;
-    float& step = to.step[c.g * to.m + r];
-    if (c.i == 0) step = P == 1 ? act_scale<F>(group, inputs) : unit_of<F>(group, inputs, 8 * P - 2);
-    alignas(64) int8_t digits[P][X_CHUNK] = {};
-    for (int64_t i = 0; i < n; i += 16) {
-      if constexpr (P == 1) {
-        act_codes<F>(group + c.i + i, n - i < 16 ? n - i : 16, step, digits[0] + i);
-      } else {
-        __m128i own[P];
-        split<P>(load_n<F>(group + c.i + i, n - i), set1(1 / step), own);
-        for (int p = 0; p < P; p++) _mm_store_si128((__m128i*)(digits[p] + i), own[p]);
-      }
+    if (c.i == 0) {
+      step = P == 1 ? act_scale<F>(group, inputs) : unit_of<F>(group, inputs, 8 * P - 2);
+      to.step[c.g * to.m + r] = step;
     }
-    for (int p = 0; p < P; p++) {
-      const int32_t sum = sum_of_chunk(digits[p]), biased = BIAS - (sum << (w.s.bits - 1));
-      float& own = to.sums[(c.index * to.m + r) * P + p];
-      own = w.zero ? (float)sum : bits_as<float>(biased);
-      Place::put(a, P, r, p, c, digits[p], to.digits);
-    }
+    alignas(64) int8_t digits[P][X_CHUNK];
+    const __m512i sums = digits_of_chunk<P, F>(group + c.i, n, step, digits);
+    const __m512i center = _mm512_slli_epi32(sums, (unsigned)w.s.bits - 1);
+    const vf off = w.zero ? _mm512_cvtepi32_ps(sums)
+                          : _mm512_castsi512_ps(_mm512_sub_epi32(_mm512_set1_epi32(BIAS), center));
+    const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    store_n<HAL_F32>(to.sums + (c.index * to.m + r) * P, _mm512_permutexvar_ps(firsts, off), P);
+    for (int p = 0; p < P; p++) Place::put(a, P, r, p, c, digits[p], to.digits);
   }
 }
 
