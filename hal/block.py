@@ -6,15 +6,18 @@ token costs its products and little else. Results are rounded to the tensors' dt
 model rounds them; sums are in f32 and their order is the implementation's own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from hal import config
+
+if TYPE_CHECKING:
+    from hal.plan import Weight
 
 #: Positions that lie together in a cache of keys.
 BLOCK = 32
@@ -54,20 +57,47 @@ class Attention:
         return self.cos.shape[0]
 
 
+#: A product: its weight, and a bias or None.
+Linear = tuple["Weight", Tensor | None]
+#: (stream [1, K], x [1, K], at): see `BlockOps.chain`.
+Step = Callable[[Tensor, Tensor, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A decoder block. ``norm [K]``: behind attention; ``next_norm [K]``: behind the block."""
+
+    qkv: Linear
+    attention: Attention
+    out: Linear
+    norm: Tensor
+    gate_up: Linear
+    down: Linear
+    next_norm: Tensor
+
+
+def unchained(blocks: Sequence[Block], eps: float) -> None:
+    """`BlockOps.chain` of a backend that takes the steps one by one."""
+
+
 @dataclass(frozen=True, slots=True)
 class BlockOps:
-    """The three functions of one backend.
+    """The functions of one backend.
 
     ``norm(x, more, weight, eps)``: ``x [M, K] += more`` in place (None = nothing), then the root
     mean square norm of the rows times ``weight [K]``, ``[M, K]``.
     ``gate(x)``: ``x [M, 2 N] -> silu(x[:, :N]) * x[:, N:]``.
     ``attend(qkv, a, at)``: rows ``[M, (H + 2 KV) * D]`` enter the cache at positions ``at`` on and
     attend to themselves and all before them: ``[M, H * D]``.
+    ``chain(blocks, eps)``: all of it for one token as one call, or None where that cannot be. The
+    call takes the stream and its norm and leaves in both what they are behind the last block, the
+    same bits as step by step. It keeps the weights where they are: `hal.settle` comes before.
     """
 
     norm: Callable[[Tensor, Tensor | None, Tensor, float], Tensor]
     gate: Callable[[Tensor], Tensor]
     attend: Callable[[Tensor, Attention, int], Tensor]
+    chain: Callable[[Sequence[Block], float], Step | None] = unchained
 
 
 def block_ops(device: torch.device) -> BlockOps:

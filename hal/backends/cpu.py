@@ -3,6 +3,7 @@
 
 import math
 import os
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from hal import block, config, groupwise, memory
 from hal import layout as file_layouts
-from hal.block import Attention, BlockOps
+from hal.block import Attention, Block, BlockOps, Linear, Step
 from hal.layout import Layout, Parts
 from hal.plan import Weight
 from hal.registry import BUCKETS, MEASURED, Caps, Case, Kernel, Probes
@@ -255,14 +256,66 @@ def block_ops() -> BlockOps:
         if m > FEW_ROWS:
             return block.attend(qkv, a, at)
         if a.handle is None:
-            shape = (a.heads, a.kv_heads, a.dim, a.length, DTYPES[qkv.dtype], a.eps, a.scale)
-            tables = (a.q_norm, a.k_norm, a.cos, a.sin, a.keys, a.values)
-            a.handle = module.Attention(*shape, *map(groupwise.address, tables))
+            a.handle = _attention(a, qkv.dtype)
         out = empty(m, a.heads * a.dim, dtype=qkv.dtype)
         a.handle.attend(level, qkv.data_ptr(), m, at, out.data_ptr(), threads())
         return out
 
-    return BlockOps(norm, gate, attend)
+    return BlockOps(norm, gate, attend, _chain)
+
+
+def _attention(a: Attention, dtype: torch.dtype) -> Any:
+    shape = (a.heads, a.kv_heads, a.dim, a.length, DTYPES[dtype], a.eps, a.scale)
+    tables = (a.q_norm, a.k_norm, a.cos, a.sin, a.keys, a.values)
+    return native().Attention(*shape, *map(groupwise.address, tables))
+
+
+WAYS = {_qgemm: EXACT, _qgemm_fast: FAST, _qgemm_rounded: ROUNDED}
+
+
+def _product(linear: Linear) -> Any:
+    weight, bias = linear
+    dtype = 0 if bias is None else DTYPES[bias.dtype]
+    way = WAYS[weight.kernel(1).fn]
+    return native().Product(_bound(weight)[0], way, groupwise.address(bias), dtype)
+
+
+def _chain(blocks: Sequence[Block], eps: float) -> Step | None:
+    """One native call a token. Kept alive: the tensors at whose addresses it reads."""
+    dtype, k = blocks[0].norm.dtype, blocks[0].norm.shape[0]
+    if not all(_chains(block, dtype, k) for block in blocks):
+        return None
+    chain, threads = native().Chain(eps), torch.get_num_threads
+    kept: list[object] = [*blocks]
+    for b in blocks:
+        handle = _attention(b.attention, dtype)
+        at = (b.norm.data_ptr(), b.next_norm.data_ptr())
+        ours = [_product(linear) for linear in (b.qkv, b.out, b.gate_up, b.down)]
+        chain.add(ours[0], handle, ours[1], at[0], ours[2], ours[3], at[1])
+        kept += [t for w, _ in (b.qkv, b.out, b.gate_up, b.down) for t in w.parts.values()]
+    level = _bound(blocks[0].qkv[0])[1]
+
+    def step(stream: Tensor, x: Tensor, at: int, kept: list[object] = kept) -> None:
+        chain.row(level, stream.data_ptr(), x.data_ptr(), at, threads())
+
+    return step
+
+
+def _chains(b: Block, dtype: torch.dtype, k: int) -> bool:
+    """Whether a block's products are ours, in shapes and a dtype that fit together."""
+    a, inner = b.attention, b.down[0].shape[1]
+    rows = (a.heads + 2 * a.kv_heads) * a.dim
+    wanted = ((rows, k), (k, a.heads * a.dim), (2 * inner, k), (k, inner))
+    products = zip((b.qkv, b.out, b.gate_up, b.down), wanted, strict=True)
+    return all(t.dtype == dtype for t in (b.norm, b.next_norm, a.keys)) and all(
+        w.shape == shape
+        and w.dtype == dtype
+        and w.experts == 1
+        and w.perm is None
+        and w.kernel(1).fn in WAYS
+        and (bias is None or bias.is_contiguous())
+        for (w, bias), shape in products
+    )
 
 
 #: Units of the arithmetic probe a thread: a millisecond on AMX, tens without.

@@ -187,6 +187,17 @@ def test_a_quantized_model_is_the_plain_one(packed: Path) -> None:
     assert torch.equal(want(made, ids), plain)  # its modules now view joined weights
 
 
+def test_tokens_of_two_decoders_of_a_model_are_the_same(packed: Path) -> None:
+    """The second moves the weights; the first goes on where they were."""
+    made, ids = load(packed), torch.arange(30) * 31 % 4096
+    first = decoder.Decoder(made, 64)
+    got = pieces(first, ids)
+    second = decoder.Decoder(made, 64)
+    first.rewind()
+    assert torch.equal(pieces(second, ids), got)
+    assert torch.equal(pieces(first, ids), got)
+
+
 def test_the_policy_is_exact_unless_asked(packed: Path) -> None:
     assert policies(load(packed)) == {None}
     assert policies(load(packed, compute="fast")) == {hal.Act("s8", 128)}

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stands between products, against float64 arithmetic and against the reference's rounding."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
+import hal
 from hal.backends import cpu
-from hal.block import Attention, BlockOps, block_ops
+from hal.block import Attention, Block, BlockOps, Linear, block_ops
+from hal.testing import quantized, weights
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 BOUND = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
@@ -122,3 +126,75 @@ def test_threads_do_not_matter() -> None:
 def test_wrong_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="multiples of 32"):
         attention(2, 1, 48, False, torch.float32)
+
+
+# ---- a token through blocks in one call
+
+
+def linear(n: int, k: int, dtype: torch.dtype, act: hal.Act | None, bias: bool) -> Linear:
+    q = quantized(weights(n, k, n), hal.Spec.parse("u3:g64:f16:int" if bias else "s4:g64:f16"))
+    given = torch.randn(n, generator=torch.Generator().manual_seed(k)).to(dtype) if bias else None
+    return hal.prepare(q, dtype=dtype, act=act), given
+
+
+def blocks(dtype: torch.dtype, act: hal.Act | None, count: int = 2) -> list[Block]:
+    """Hidden 128, 4 heads and 2 of keys of 32 columns, 192 inside; the products of the first ones
+    with biases and zero levels."""
+    g = torch.Generator().manual_seed(3)
+    norms = torch.rand(2 * count, 128, generator=g).to(dtype) + 0.5
+    return [
+        Block(
+            linear(256, 128, dtype, act, i == 0),
+            attention(4, 2, 32, i > 0, dtype),
+            linear(128, 128, dtype, act, i == 0),
+            norms[2 * i],
+            linear(384, 128, dtype, act, i == 0),
+            linear(128, 192, dtype, act, i == 0),
+            norms[2 * i + 1],
+        )
+        for i in range(count)
+    ]
+
+
+def token_by_steps(ops: BlockOps, made: list[Block], stream: Tensor, x: Tensor, at: int) -> Tensor:
+    for b in made:
+        y = hal.qgemm(ops.attend(hal.qgemm(x, *b.qkv), b.attention, at), *b.out)
+        x = ops.norm(stream, y, b.norm, 1e-6)
+        y = hal.qgemm(ops.gate(hal.qgemm(x, *b.gate_up)), *b.down)
+        x = ops.norm(stream, y, b.next_norm, 1e-6)
+    return x
+
+
+@pytest.mark.skipif(not ISAS, reason="needs hal._cpu")
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("act", [None, hal.Act("s8", 64)], ids=["exact", "fast"])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_token_in_one_call_has_the_same_bits(
+    isa: str, act: hal.Act | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HAL_ISA", isa)
+    ops, made, apart = block_ops(HOST), blocks(dtype, act), blocks(dtype, act)
+    chain = ops.chain(made, 1e-6)
+    assert chain is not None
+    streams = torch.randn(5, 128, generator=torch.Generator().manual_seed(4)).to(dtype)
+    for at, start in enumerate(streams):
+        if at == 3:  # weights that move leave the chain where it was
+            hal.settle([w for b in made for w, _ in (b.qkv, b.out, b.gate_up, b.down)])
+        stream, other = start[None].clone(), start[None].clone()
+        x = ops.norm(stream, None, made[0].norm, 1e-6)
+        want = token_by_steps(ops, apart, other, x.clone(), at)
+        chain(stream, x, at)
+        assert torch.equal(x, want)
+        assert torch.equal(stream, other)
+
+
+def test_blocks_that_do_not_fit_take_their_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, last = blocks(torch.float32, None)
+    for other in (
+        dataclasses.replace(last, next_norm=last.next_norm.half()),
+        dataclasses.replace(last, down=linear(128, 256, torch.float32, None, False)),
+        dataclasses.replace(last, out=linear(128, 128, torch.bfloat16, None, False)),
+    ):
+        assert block_ops(HOST).chain([first, other], 1e-6) is None
+    monkeypatch.setenv("HAL_BACKEND", "reference")
+    assert block_ops(HOST).chain([first, last], 1e-6) is None
