@@ -40,6 +40,7 @@ def outlook_tables(found: "Outlook") -> list[Table | str]:
         lines.append(
             f"time: {clock(found.pace.seconds)} ({clock(least)} to {clock(most)}), "
             f"{found.pace.block:.1f} s a block"
+            + (f", {clock(found.pace.whole)} for all scales" if found.pace.whole else "")
         )
     if found.fit.refused:
         lines.append(f"does not fit: {found.fit.refused}")

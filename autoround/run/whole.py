@@ -76,7 +76,7 @@ class Whole:
 
     def _tuned(self, ids: Tensor) -> tuple[WholeReport, dict[str, Tensor]]:
         """What came of it, and what moved by its parameter's name: scales of weights, vectors."""
-        rows, held = _chosen(len(ids), self.stage)
+        rows, held = chosen(len(ids), self.stage)
         if not held:
             return WholeReport(because="one sample cannot be tuned on and judge"), {}
         try:
@@ -195,7 +195,7 @@ class Whole:
                 self.artefact.put(self.plan.contents.modules[part.key], q.rows(*part.rows))
 
 
-def _chosen(n: int, stage: EndToEnd) -> tuple[list[int], tuple[int, ...]]:
+def chosen(n: int, stage: EndToEnd) -> tuple[list[int], tuple[int, ...]]:
     """Which of ``n`` samples take part, and which rows of these only judge: one in eight."""
     count = min(JUDGES, max(1, n // 8)) if n > 1 else 0
     used = min(n - count, stage.steps * stage.batch)

@@ -18,7 +18,7 @@ from autoround.recipe import Recipe
 from autoround.run import pipeline
 from autoround.run.estimate import Limits, bytes_of, groups, needs, savings
 from autoround.run.outlook import Outlook, outlook
-from autoround.run.probe import few
+from autoround.run.probe import few, pace, passes
 
 Saved = Callable[..., Path]
 
@@ -232,3 +232,25 @@ def test_a_probe_tries_samples_and_steps() -> None:
     tried = few(build_recipe("signround", {"nsamples": 5, "iters": 6}))
     assert [(r.nsamples, r.iters) for r in tried] == [(5, 4), (5, 6)]
     assert few(build_recipe("rtn", {})) == [build_recipe("rtn", {})]
+
+
+def test_a_probe_tries_what_takes_the_whole_model(saved: Saved, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    ids = torch.randint(0, 90, (32, 16), generator=torch.Generator().manual_seed(0))
+    text.write_text("\n".join(json.dumps({"input_ids": row.tolist()}) for row in ids))
+    given = {"group_size": 32, "nsamples": 32, "seqlen": 16, "dataset": str(text)}
+    recipe = build_recipe("signround", given | {"iters": 2, "end_to_end": 40, "nblocks": 2})
+    found = pace(recipe, pipeline.Source(saved("llama"), torch.device("cpu")), tmp_path / "out")
+    assert found.blocks == 2
+    assert 0 < found.whole < found.seconds
+    assert found.seconds == 2 * found.before + 2 * found.block + found.whole
+    assert not [path for path in tmp_path.iterdir() if "probe" in path.name]
+
+
+@pytest.mark.parametrize(
+    ("n", "steps", "rows", "held"),
+    [(8, 6, 8, 1), (24, 6, 24, 3), (512, 200, 512, 16), (512, 5, 36, 16)],
+)
+def test_samples_that_pass_beside_the_steps(n: int, steps: int, rows: int, held: int) -> None:
+    """Each once for the float model; those held out before, and after with three shares."""
+    assert passes(n, steps) == rows + 4 * held
