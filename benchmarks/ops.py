@@ -147,7 +147,44 @@ def dense(w: Tensor) -> Torch:
     return run
 
 
-def products(options: argparse.Namespace) -> list[Row]:
+#: What tells rows of one file apart: spec, n, k, m, threads, place, whether fast.
+Key = tuple[str, int, int, int, int, str, bool]
+
+
+@dataclasses.dataclass
+class Rows:
+    """Those measured, in ``file`` (a line each, None = nowhere) as they come: the same command goes
+    on where it was stopped. Its first line is the machine; raises SystemExit for another one's."""
+
+    file: Path | None
+    known: dict[Key, Row] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        isa = cpu.isas()[cpu.isa()]
+        machine = {
+            "cpu": cpu.caps(torch.empty(0).device).name,
+            "isa": isa,
+            "torch": torch.__version__,
+        }
+        if self.file is None:
+            return
+        if not self.file.exists():
+            self.file.write_text(json.dumps(machine) + "\n")
+        first, *lines = self.file.read_text().splitlines()
+        if json.loads(first) != machine:
+            raise SystemExit(f"{self.file} holds rows of {first}; give another file")
+        for line in lines:
+            told = json.loads(line)
+            self.known[tuple(told["key"])] = Row(**told["row"])
+
+    def add(self, key: Key, row: Row) -> None:
+        self.known[key] = row
+        if self.file is not None:
+            with self.file.open("a") as out:
+                out.write(json.dumps({"key": key, "row": dataclasses.asdict(row)}) + "\n")
+
+
+def products(options: argparse.Namespace, known: Rows) -> list[Row]:
     """Every shape, spec, place, m and number of threads."""
     rows = []
     with contextlib.ExitStack() as stack:
@@ -159,7 +196,7 @@ def products(options: argparse.Namespace) -> list[Row]:
         places = {"hot": 0, "cold": int(options.cold * 1e9)}
         for shape, (place, size) in itertools.product(options.shape, places.items()):
             if place == "hot" or size:
-                rows += products_of(tuple(shape), place, size, peers, options)
+                rows += products_of(tuple(shape), place, size, peers, options, known)
     return rows
 
 
@@ -169,9 +206,17 @@ def products_of(
     size: int,
     peers: Mapping[str, Peer],
     options: argparse.Namespace,
+    known: Rows,
 ) -> list[Row]:
     """One shape: hot = one copy, cold = rotating over ``size`` bytes of each weight."""
     n, k = shape
+    wanted = [
+        (spec, n, k, m, t, place, options.fast)
+        for spec, m, t in itertools.product(options.spec, options.m, options.threads)
+    ]
+    missing = [key for key in wanted if key not in known.known]
+    if not missing:
+        return [known.known[key] for key in wanted]
     w = torch.randn(n, k).bfloat16()
     linear, four = dense(w), int4pack(w, PEER_GROUP)
     few = max(1, size // (n * k // 2))
@@ -181,8 +226,7 @@ def products_of(
             print(f"{name}: {reason}")
         else:
             found[name] = peer
-    rows = []
-    for text in options.spec:
+    for text in dict.fromkeys(key[0] for key in missing):
         spec = hal.Spec.parse(text)
         q = hal.quantize(w, hal.search(w, spec), spec)
         act = hal.Act("s8", spec.group) if options.fast else None
@@ -192,11 +236,12 @@ def products_of(
         others = (max(1, size // (n * k * 2)), few)
         torches = (linear, four, others)
         bench = Bench(text, shape, place, pool, *torches, found, options.seconds)
-        for m, t in itertools.product(options.m, options.threads):
+        for key in (key for key in missing if key[0] == text):
+            m, t = key[3], key[4]
             torch.set_num_threads(t)
-            rows.append(product(bench, m, t))
-            print(rows[-1], flush=True)
-    return rows
+            known.add(key, product(bench, m, t))
+            print(known.known[key], flush=True)
+    return [known.known[key] for key in wanted]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,7 +396,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="per case")
     parser.add_argument("--fast", action="store_true", help="allow 8-bit activations per group")
     parser.add_argument("--no-sweeps", action="store_true", help="products only")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--rows", type=Path, metavar="FILE", help="kept as they come; goes on there"
+    )
     parser.add_argument("--svg", type=Path, metavar="FILE", help="fraction of the roofline over m")
     options = parser.parse_args(argv)
     options.shape = options.shape or (FULL_SHAPES if options.full else FULL_SHAPES[:1])
@@ -361,14 +408,6 @@ def main(argv: Sequence[str]) -> None:
         if not options.no_sweeps:
             sweeps(*options.shape[0], options.seconds)
         print("\n" + HEAD)
-        rows = products(options)
-    if options.json:
-        machine = {
-            "cpu": cpu.caps(0).name,
-            "isa": cpu.isas()[cpu.isa()],
-            "torch": torch.__version__,
-        }
-        found = {"machine": machine, "rows": [dataclasses.asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        rows = products(options, Rows(options.rows))
     if options.svg:
         options.svg.write_text(plot(rows))
