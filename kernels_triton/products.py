@@ -266,7 +266,7 @@ def configure(m: int, n: int, k: int, width: int, groups: int, units: int) -> Co
     split = 1
     while bm <= 64 and programs * split < units and split < 16 and k // (2 * split) >= 4 * tile:
         split *= 2
-    return Config(bm, bn, tile, split, 8 if bm >= 64 else 4, 3 if bm >= 64 else 4)
+    return Config(bm, bn, tile, split, 8 if bm >= 64 else 4, 3 if bm >= 32 else 4)
 
 
 def candidates(table: Config) -> list[Config]:
