@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rounding in closed form: each layer in turn made to undo the errors of all before it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -124,24 +124,41 @@ class Feedback:
         range_of = hal.search(t, spec, importance=h.diagonal().contiguous(), grid=self.grid)
         grid = Grid.of(t, range_of, spec)
         q, h = feedback(t, firm, grid), firm.float()
+        want = t @ h
         for _ in range(self.rounds):
-            q, grid = refit(q, t, h, grid)
-            for _ in range(self.sweeps):
-                q = descend(q, t, h, grid)
+            q, grid = refit(q, want, h, grid)
+            q = descend(q, t, h, grid, self.sweeps)
         return q, grid.params()
 
     def _target(self, w: Tensor, m: Moments, judge: Moments) -> Tensor:
         """The weight that makes up for what is missing, as far as held-out samples agree."""
-        least, best = 0.0, w
         lacking = judge.miss if judge.of_output else w @ judge.miss
-        for ridge in self.ridges:
-            back = torch.linalg.solve(damped(m.h, ridge), m.miss.double().t()).t().float()
+        lacks = m.miss.double().t()
+
+        def changed(ridge: float) -> tuple[float, Tensor]:
+            """||miss - change X||^2 over the judging samples, less what no change alters."""
+            factor = torch.linalg.cholesky(damped(m.h, ridge))
+            back = torch.cholesky_solve(lacks, factor).t().float()
             change = back if m.of_output else w @ back
-            # ||miss - change X||^2 over the judging samples, less what does not depend on change.
-            cost = float(((change @ judge.h - 2 * lacking) * change).sum())
-            if cost < least:
-                least, best = cost, w + change
-        return best
+            return float(((change @ judge.h - 2 * lacking) * change).sum()), change
+
+        cost, change = _least(changed, self.ridges)
+        return w + change if cost < 0 else w
+
+
+def _least(
+    of: Callable[[float], tuple[float, Tensor]], values: Sequence[float]
+) -> tuple[float, Tensor]:
+    """The least of a function that falls, then rises: from the middle downhill."""
+    at = len(values) // 2
+    best = of(values[at])
+    for step in (-1, 1):
+        moved = False
+        while 0 <= at + step < len(values) and (found := of(values[at + step]))[0] < best[0]:
+            best, at, moved = found, at + step, True
+        if moved:
+            break
+    return best
 
 
 def _rows(layers: Sequence[LayerTask]) -> list[slice]:

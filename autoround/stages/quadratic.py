@@ -46,11 +46,10 @@ class Grid:
         ones = torch.ones(s.shape, device=s.device)
         return hal.Params(None, ones, ones.clone(), -low, high)
 
-    def round(self, x: Tensor, column: int) -> Tensor:
-        """The nearest level's value of one column ``[N]``."""
-        g = column // self.spec.width(self.k)
-        s, z = self.scale[:, g], self.zero[:, g]
-        return (((x / s).round_() + z).clamp_(0, self.spec.max_level) - z).mul_(s)
+    def columns(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Scales and zero levels of columns, a row for each: ``[columns, N]``."""
+        g = torch.arange(start, stop, device=self.scale.device) // self.spec.width(self.k)
+        return self.scale.t()[g], self.zero.t()[g]
 
     def codes(self, q: Tensor) -> Tensor:
         """``[N, K]``: levels above zero of values on the grid."""
@@ -75,46 +74,67 @@ def feedback(t: Tensor, h: Tensor, grid: Grid) -> Tensor:
     left, q = t.clone(), torch.empty_like(t)
     for start in range(0, t.shape[1], BLOCK):
         stop = min(start + BLOCK, t.shape[1])
-        errors = torch.empty_like(t[:, start:stop])
-        for j in range(start, stop):
-            q[:, j] = grid.round(left[:, j], j)
-            error = (left[:, j] - q[:, j]) / upper[j, j]
-            left[:, j + 1 : stop].addr_(error, upper[j, j + 1 : stop], alpha=-1)
-            errors[:, j - start] = error
-        left[:, stop:] -= errors @ upper[start:stop, stop:]
+        x, errors = _turned(left[:, start:stop]), _turned(left[:, start:stop])
+        scale, zero = grid.columns(start, stop)
+        factor = upper[start:stop, start:stop]
+        for j in range(stop - start):
+            near = _nearest(x[j], scale[j], zero[j], grid.spec.max_level)
+            torch.div(x[j] - near, factor[j, j], out=errors[j])
+            x[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
+            x[j] = near
+        q[:, start:stop] = x.t()
+        left[:, stop:] -= errors.t() @ upper[start:stop, stop:]
     return q
 
 
-def descend(q: Tensor, t: Tensor, h: Tensor, grid: Grid) -> Tensor:
-    """One sweep of coordinate descent: each column in turn moves to its best level."""
+def descend(q: Tensor, t: Tensor, h: Tensor, grid: Grid, sweeps: int) -> Tensor:
+    """Sweeps of coordinate descent: each column in turn moves to its best level."""
     q, slope, curvature = q.clone(), (q - t) @ h, h.diagonal().clamp(min=1e-12)
-    for start in range(0, t.shape[1], BLOCK):
-        stop = min(start + BLOCK, t.shape[1])
-        before = q[:, start:stop].clone()
-        for j in range(start, stop):
-            new = grid.round(q[:, j] - slope[:, j] / curvature[j], j)
-            slope[:, j:stop].addr_(new - q[:, j], h[j, j:stop])
-            q[:, j] = new
-        slope[:, stop:] += (q[:, start:stop] - before) @ h[start:stop, stop:]
-        slope[:, :start] += (q[:, start:stop] - before) @ h[start:stop, :start]
+    for sweep in range(sweeps):
+        for start in range(0, t.shape[1], BLOCK):
+            stop = min(start + BLOCK, t.shape[1])
+            x, slopes = _turned(q[:, start:stop]), _turned(slope[:, start:stop])
+            scale, zero = grid.columns(start, stop)
+            own = h[start:stop, start:stop]
+            for j in range(stop - start):
+                best = x[j] - slopes[j] / curvature[start + j]
+                new = _nearest(best, scale[j], zero[j], grid.spec.max_level)
+                slopes[j:].addr_(own[j, j:], new - x[j])
+                x[j] = new
+            change = x.t() - q[:, start:stop]
+            q[:, start:stop] = x.t()
+            # Columns behind are not looked at again before the next sweep.
+            first = stop if sweep == sweeps - 1 else 0
+            slope[:, first:] += change @ h[start:stop, first:]
     return q
 
 
-def refit(q: Tensor, t: Tensor, h: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
-    """Scales of least error for the codes as they are; returns the matrix on its new grid."""
+def _turned(x: Tensor) -> Tensor:
+    """Columns as rows of their own: in place, those of 4096 columns would fall on the same lines
+    of the cache."""
+    return x.t().contiguous()
+
+
+def _nearest(x: Tensor, scale: Tensor, zero: Tensor, most: int) -> Tensor:
+    """The nearest level's value."""
+    return (((x / scale).round_() + zero).clamp_(0, most) - zero).mul_(scale)
+
+
+def refit(q: Tensor, want: Tensor, h: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+    """Scales of least error for the codes as they are; returns the matrix on its new grid.
+
+    ``want``: the target times ``h``.
+    """
     n, k = q.shape
     width, groups = grid.spec.width(k), grid.spec.groups(k)
     codes = grid.codes(q)
     a = torch.empty(n, groups, groups, dtype=torch.float64, device=q.device)
-    b = torch.empty(n, groups, dtype=torch.float64, device=q.device)
-    want = t @ h
     for g in range(groups):
         part = slice(g * width, min((g + 1) * width, k))
-        rows = codes[:, part] @ h[part]
-        for other in range(groups):
-            cut = slice(other * width, min((other + 1) * width, k))
-            a[:, g, other] = (rows[:, cut] * codes[:, cut]).sum(1)
-        b[:, g] = (want[:, part] * codes[:, part]).sum(1)
+        rest = slice(part.start, k)
+        a[:, g, g:] = _by_group((codes[:, part] @ h[part, rest]).mul_(codes[:, rest]), width)
+        a[:, g:, g] = a[:, g, g:]
+    b = _by_group(want * codes, width).double()
     ridge = REFIT_RIDGE * a.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
     a += ridge[:, None, None] * torch.eye(groups, dtype=a.dtype, device=a.device)
     found = torch.linalg.solve(a, b + ridge[:, None] * grid.scale).float()
@@ -122,3 +142,13 @@ def refit(q: Tensor, t: Tensor, h: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
     found = torch.where(found * grid.scale > 0, found, grid.scale).contiguous()
     new = Grid(found, grid.zero, grid.spec, k)
     return codes * new.spread(found), new
+
+
+def _by_group(x: Tensor, width: int) -> Tensor:
+    """Sums over ``width`` columns, the last of them fewer: ``[N, K] -> [N, G]``."""
+    n, k = x.shape
+    whole = k // width * width
+    sums = [x[:, :whole].reshape(n, -1, width).sum(2)]
+    if whole < k:
+        sums.append(x[:, whole:].sum(1, keepdim=True))
+    return torch.cat(sums, 1)
