@@ -112,9 +112,9 @@ def fold(lanes, ROWS: tl.constexpr):
 @triton.jit
 def places(k, groups, count, at, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Of ``ROWS`` groups of this program, columns ``at ..``: group, its mask; address, its mask."""
-    group = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # 32 bits: dividing 64 is a call
+    group = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = at + tl.arange(0, COLUMNS)
     column = (group % groups)[:, None] * WIDTH + inside[None, :]
     exists = group < count
     mask = exists[:, None] & (inside < WIDTH)[None, :] & (column < k)
-    return group, exists, (group // groups).to(tl.int64)[:, None] * k + column, mask
+    return group, exists, (group // groups)[:, None] * k + column, mask

@@ -100,7 +100,7 @@ def _launch_encode(
     _encode[_grid(e, tile["ROWS"])](
         w, p.v, p.lo, p.hi, p.amin, p.amax, out, codes, scale, zero,
         e.k, e.groups, e.n * e.groups, e.least, **e.constants, OFFSET=p.v is not None,
-        STORE=codes is not None, FLOAT=FLOATS[w.dtype], **tile, **EXACT,
+        STORE=codes is not None, FLOAT=FLOATS[w.dtype], num_warps=8, **tile, **EXACT,
     )  # fmt: skip
 
 
