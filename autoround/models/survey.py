@@ -21,6 +21,7 @@ from torch import Tensor
 
 from autoround.checkpoint import EMBEDDING, HEAD, Checkpoint
 from autoround.scheme import KEPT, TABLES
+from autoround.stacks import Stack
 
 EXPERT = re.compile(r"\.experts\.\d+\.")
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -255,6 +256,17 @@ def _inside(keys: Iterable[str]) -> list[tuple[str, int, str]]:
     return max(found.values(), key=len, default=[])
 
 
+def stacked(stack: Stack, param: str, shape: tuple[int, ...], transposed: bool) -> WeightView:
+    """Experts that are one tensor in the checkpoint, as a parameter of a ``shape``."""
+    rows = stack.layer[0]
+    parts = tuple(
+        Part(layer.removesuffix(".weight"), layer, (at * rows, (at + 1) * rows), False)
+        for at, layer in enumerate(stack.layers)
+    )
+    how = transposed, (), stack.alternating
+    return WeightView(param, stack.size, stack.shape[0], parts, shape, *how)
+
+
 def by_names(checkpoint: Checkpoint) -> Survey:
     """The survey of a checkpoint that `refuse_names` has no objection to."""
     inside = _inside(checkpoint.entries)
@@ -288,9 +300,13 @@ def _by_name(checkpoint: Checkpoint, key: str) -> WeightView | str:
     entry, module = checkpoint.entries[key], key.removesuffix(".weight")
     if KEPT.search(module):
         return f"{module.rpartition('.')[2]} keeps the checkpoint's precision (router or state)"
-    if not key.endswith(".weight") or len(entry.shape) != 2 or TABLES.search(module):
+    stack = checkpoint.stacks.get(key)
+    plain = key.endswith(".weight") and len(entry.shape) == 2 and not TABLES.search(module)
+    if stack is None and not plain:
         return f"{key} is not the weight of a linear layer"
     if entry.dtype not in FLOATS:
         return f"{key} is stored in {entry.dtype}"
+    if stack is not None:
+        return stacked(stack, key, stack.shape, stack.transposed)
     n, k = entry.shape
     return WeightView(key, (n, k), 1, (Part(module, key, (0, n), False),), (n, k))

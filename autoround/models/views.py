@@ -7,7 +7,7 @@ from torch import nn
 from autoround.errors import InputError
 from autoround.models import compat
 from autoround.models.loader import StreamedModel
-from autoround.models.survey import Part, Survey, WeightView, tied_to
+from autoround.models.survey import Part, Survey, WeightView, stacked, tied_to
 from autoround.scheme import KEPT
 
 # Subclasses of nn.Linear that compute y = x W^T + b and nothing else. Routers subclass it too,
@@ -163,14 +163,8 @@ def _stacked(
     stack = streamed.checkpoint.stacks.get(key)
     if stack is None or len(home.keys) > 1:
         return f"{key} has {len(shape)} dimensions, and no experts are known to be stored so"
-    rows = stack.layer[0]
-    parts = tuple(
-        Part(layer.removesuffix(".weight"), layer, (at * rows, (at + 1) * rows), False)
-        for at, layer in enumerate(stack.layers)
-    )
     # Converted on the way, or as it is stored; `verify` proves it.
-    transposed = stack.transposed == (shape == stack.shape)
-    return WeightView(name, stack.size, shape[0], parts, shape, transposed, (), stack.alternating)
+    return stacked(stack, name, shape, stack.transposed == (shape == stack.shape))
 
 
 def _parts(

@@ -137,13 +137,17 @@ class _Rounding:
 
 
 def _round(layer: Layer, stored: Tensor, checkpoint: Checkpoint, artefact: Artefact) -> None:
-    w = stored.to(computed_in(checkpoint))
-    # Codes as our own files hold them, where they can: a byte for each would go through memory.
-    layout = "plain" if hal.refuse(layer.spec, (w.shape[0], w.shape[1]), "stream") else "stream"
-    q = hal.quantize(w, None, layer.spec, layout=layout)
-    if not torch.isfinite(q.parts["scale"]).all():
-        raise InputError(
-            f"{checkpoint.path}: {layer.view.param}: a scale exceeds {layer.spec.scale}; "
-            "leave the layer out with --ignore-layers"
-        )
-    artefact.put(artefact.contents.modules[layer.view.param], q)
+    """One tensor of the source; experts that lie in one, each by itself."""
+    for part in layer.view.parts:
+        slab = checkpoint.slabs.get(part.key)
+        own = stored if slab is None else slab.of(stored[slab.expert]).contiguous()
+        w = own.to(computed_in(checkpoint))
+        # Codes as our own files hold them, where they can: a byte for each would go through memory.
+        layout = "plain" if hal.refuse(layer.spec, (w.shape[0], w.shape[1]), "stream") else "stream"
+        q = hal.quantize(w, None, layer.spec, layout=layout)
+        if not torch.isfinite(q.parts["scale"]).all():
+            raise InputError(
+                f"{checkpoint.path}: {layer.view.param}: a scale exceeds {layer.spec.scale}; "
+                "leave the layer out with --ignore-layers"
+            )
+        artefact.put(artefact.contents.modules[part.key], q)

@@ -2,6 +2,7 @@
 """Rounding without a model: the same bytes as through the model, or a reason for using one."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -253,3 +254,22 @@ assert "transformers" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
     assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["granitemoe", "llama4"])
+def test_experts_stored_as_one_tensor_are_split_by_names(
+    name: str, saved: Saved, tmp_path: Path
+) -> None:
+    """In rows and in columns: each expert's layer has the bytes of the run through the model."""
+    source = tmp_path / "renamed"
+    shutil.copytree(saved(name), source)
+    config = json.loads((source / "config.json").read_text()) | {"model_type": "no_such_thing"}
+    (source / "config.json").write_text(json.dumps(config))
+    assert stream.refuse(rtn(), Checkpoint(source)) is None
+    for where, out in ((source, "names"), (saved(name), "model")):
+        pipeline.quantize(rtn(), pipeline.Source(where, HOST), tmp_path / out)
+    found, wanted = (load_file(tmp_path / out / "model.safetensors") for out in ("names", "model"))
+    experts = [key for key in wanted if ".experts." in key and "shared" not in key]
+    assert experts
+    assert not [key for key in found if found[key].ndim == 3]
+    assert all(torch.equal(found[key], wanted[key]) for key in experts)
