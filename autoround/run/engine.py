@@ -270,10 +270,8 @@ class Engine:
         outputs, given = self._reached(unit, floats, forwards)
 
         def joined(chain: dict[int, Call]) -> Samples:
-            own = {
-                i: joined_call([call, *(calls[i] for calls in given)]) for i, call in chain.items()
-            }
-            return Samples(own, device)
+            all_of = {i: [call, *(own[i] for own in given)] for i, call in chain.items()}
+            return Samples({i: joined_call(own) for i, own in all_of.items()}, device)
 
         task.floats = joined(floats)
         floats.clear()
@@ -322,17 +320,17 @@ class Engine:
         weights: Callable[[BlockTask], dict[str, Tensor]],
     ) -> dict[int, Any]:
         """The quantized chain to the end of a unit: the last block's outputs."""
-        for part, then in zip(unit.parts, [*given, None], strict=True):
+        for at, part in enumerate(unit.parts):
             samples = Samples(calls, self.streamed.device)
             calls.clear()
             rounded = self._forward_all(part, samples, weights(part))
-            if then is not None:
+            if at < len(given):
                 forwards.resume({i + n: out for i, out in rounded.items()})
-                following = unit.parts[unit.parts.index(part) + 1]
-                found = self._next(forwards, following, [i + n for i in rounded])
+                then = unit.parts[at + 1]
+                found = self._next(forwards, then, [i + n for i in rounded])
                 calls = {i - n: call for i, call in found.items()}
-                if name := differs(calls, then):
-                    self._apart(following, f"{name} depends on what one of them puts out")
+                if name := differs(calls, given[at]):
+                    self._apart(then, f"{name} depends on what one of them puts out")
         return rounded
 
     def _next(
