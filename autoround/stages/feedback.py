@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rounding in closed form: each layer in turn made to undo the errors of all before it."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -132,21 +133,25 @@ class Feedback:
 
     def _target(self, w: Tensor, m: Moments, judge: Moments) -> Tensor:
         """The weight that makes up for what is missing, as far as held-out samples agree."""
+        if not self.ridges:
+            return w
         lacking = judge.miss if judge.of_output else w @ judge.miss
         lacks = m.miss.double().t()
 
         def changed(ridge: float) -> tuple[float, Tensor]:
             """||miss - change X||^2 over the judging samples, less what no change alters."""
-            factor = torch.linalg.cholesky(damped(m.h, ridge))
+            factor, failed = torch.linalg.cholesky_ex(damped(m.h, ridge))
+            if failed:  # one direction so strong that f32 sums bury a small ridge
+                return math.inf, w
             back = torch.cholesky_solve(lacks, factor).t().float()
             change = back if m.of_output else w @ back
             return float(((change @ judge.h - 2 * lacking) * change).sum()), change
 
-        cost, change = _least(changed, self.ridges)
+        cost, change = least(changed, self.ridges)
         return w + change if cost < 0 else w
 
 
-def _least(
+def least(
     of: Callable[[float], tuple[float, Tensor]], values: Sequence[float]
 ) -> tuple[float, Tensor]:
     """The least of a function that falls, then rises: from the middle downhill."""

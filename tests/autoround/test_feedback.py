@@ -21,7 +21,8 @@ from autoround.options import build_recipe
 from autoround.run import pipeline
 from autoround.run.events import Event, Step
 from autoround.stages import BlockTask, Feedback, Kept, LayerTask, Measure, Search
-from autoround.stages.inputs import dataflow, expert_moments, gain, moments
+from autoround.stages.feedback import least
+from autoround.stages.inputs import Moments, dataflow, expert_moments, gain, moments
 from autoround.stages.quadratic import Grid, damped, descend, feedback, refit
 
 PGDOC = Path(__file__).parents[2] / "benchmarks/models/pgdoc"
@@ -278,6 +279,38 @@ def test_better_than_rounding_on_a_trained_model(tmp_path: Path, changes: dict[s
     if run.plan.contents.base.sym:
         made(PGDOC, tmp_path / "two", **changes)
         assert digest(tmp_path / "one") == digest(tmp_path / "two")
+
+
+@pytest.mark.parametrize("lowest", range(6))
+def test_a_valley_is_walked_downhill(lowest: int) -> None:
+    seen: list[float] = []
+
+    def height(at: float) -> tuple[float, Tensor]:
+        seen.append(at)
+        return abs(at - lowest), torch.tensor(at)
+
+    cost, where = least(height, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (cost, where.item()) == (0, lowest)
+    assert len(seen) == len({*seen})
+
+
+def test_without_ridges_the_weight_is_its_own_target(block: Block) -> None:
+    task = case(block)
+    assert task.x is not None
+    found = moments(task, "mix.weight", {}, task.x.batches(task.seen, 4), None)
+    assert found is not None
+    w = torch.randn(H, H)
+    assert Feedback(4, ridges=())._target(w, found, found) is w
+
+
+def test_a_ridge_that_rounding_buries_is_passed_over() -> None:
+    """Second moments with an eigenvalue of minus a fifth of their mean diagonal, by rounding."""
+    h = torch.diag(torch.tensor([31.0, 1.0, 1.0, -1.65]))
+    m = Moments(h, 0.1 * torch.eye(4), False)
+    w = torch.ones(3, 4)
+    found = Feedback(4)._target(w, m, m)
+    assert torch.isfinite(found).all()
+    assert torch.equal(Feedback(4, ridges=(0.003, 0.01))._target(w, m, m), w)
 
 
 @pytest.mark.parametrize("nsamples", [1, 2])
