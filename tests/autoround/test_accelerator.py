@@ -17,12 +17,15 @@ import standin  # noqa: E402
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
-def test_runs_on_an_accelerator(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("which", "least"), [("not slow", 17), pytest.param("slow", 2, marks=pytest.mark.slow)]
+)
+def test_runs_on_an_accelerator(which: str, least: int, tmp_path: Path) -> None:
     library = standin.build(tmp_path)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "standin"]
     paths = os.pathsep.join(map(str, (STANDIN, HERE)))
     done = subprocess.run(
-        [*command, str(STANDIN / "on_standin.py")],
+        [*command, "-m", which, str(STANDIN / "on_standin.py")],
         env={**os.environ, "STANDIN": str(library), "PYTHONPATH": paths},
         capture_output=True,
         text=True,
@@ -30,4 +33,4 @@ def test_runs_on_an_accelerator(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-4000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
-    assert int(passed[1]) >= 19
+    assert int(passed[1]) >= least

@@ -61,8 +61,8 @@ def tensors(output: Path) -> bytes:
     [
         *(("llama", recipe) for recipe in ("rtn", "autoround", "light")),
         ("qwen3_moe", "autoround"),
-        ("deepseek_v3", "autoround"),
-        ("gpt_oss", "autoround"),
+        pytest.param("deepseek_v3", "autoround", marks=pytest.mark.slow),
+        pytest.param("gpt_oss", "autoround", marks=pytest.mark.slow),
     ],
 )
 def test_files_are_those_of_the_cpu(model: str, recipe: str, tmp_path: Path) -> None:
