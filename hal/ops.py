@@ -317,7 +317,7 @@ def _kernel(op: str, spec: Spec, w: Tensor) -> Kernel:
             n,
             k,
             devices.caps(w.device),
-            m=bucket(n) if op in ("quantize_act", "hadamard") else 0,
+            m=bucket(n) if op == "quantize_act" else 0,
         )
     )
 

@@ -16,7 +16,7 @@ def _hadamard(x, count, factor, FLOAT: tl.constexpr, BLOCK: tl.constexpr, STAGES
               ROWS: tl.constexpr):  # fmt: skip
     block = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = block.to(tl.int64)[:, None] * BLOCK + tl.arange(0, BLOCK)
-    mask = (block < count)[:, None] & (tl.arange(0, BLOCK) < BLOCK)
+    mask = (block < count)[:, None]
     value = wide(tl.load(x + at, mask, 0.0))
     for stage in tl.static_range(STAGES):
         pairs = tl.reshape(value, [ROWS, BLOCK >> (stage + 1), 2, 1 << stage])

@@ -74,7 +74,8 @@ def feedback(t: Tensor, h: Tensor, grid: Grid) -> Tensor:
     left, q = t.clone(), torch.empty_like(t)
     for start in range(0, t.shape[1], BLOCK):
         stop = min(start + BLOCK, t.shape[1])
-        x, errors = _turned(left[:, start:stop]), _turned(left[:, start:stop])
+        x = _turned(left[:, start:stop])
+        errors = torch.empty_like(x)
         scale, zero = grid.columns(start, stop)
         factor = upper[start:stop, start:stop]
         for j in range(stop - start):
