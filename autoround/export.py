@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from autoround.errors import InputError
-from autoround.formats import CANONICAL, Format, Quantized, Target, target
-from autoround.run.artefact import OF_FORMAT, Artefact, places
+from autoround.formats import OF_FORMAT, Format, Quantized, Target, own_files, target
+from autoround.run.artefact import Artefact, places
 from autoround.run.directory import check_output, output_directory
 from autoround.verify import Verdict, prove
 from autoround.version import VERSION
@@ -29,17 +29,16 @@ def write(
     run: str | Path, formats: Sequence[Format], output: str | Path | None, max_shard: int
 ) -> list[Path]:
     """`export` without the proof; the directories."""
-    own = CANONICAL.name
-    found = Path(run) if Path(run).name == own else Path(run) / own
-    if not (found / "config.json").is_file():
+    found = own_files(Path(run))
+    if found is None:
         raise InputError(
-            f"{run} has no {own}/config.json: not a run of `autoround quantize`; for a quantized "
-            "checkpoint of another program use `autoround convert`"
+            f"{run} is no finished run of `autoround quantize`: nothing in it says what a run put "
+            "there; for a quantized checkpoint of another program use `autoround convert`"
         )
     files = Quantized(found)
-    contents = files.contents()
+    contents = files.recorded_contents()
     targets = [target(format, contents) for format in formats]
-    where = Path(output) if output else found.parent
+    where = Path(output) if output else Path(run)
     if output is None and len(formats) == 1:
         where /= formats[0].name.replace(":", "-")
     kept = {key: value for key, value in files.record.items() if key not in OF_FORMAT}
@@ -77,7 +76,7 @@ def _write(
         with Artefact(contents, targets, output, max_shard) as artefact:
             for key in contents.tensors:
                 if module := contents.modules.get(key):
-                    artefact.put(module, files.q(module.name))
+                    artefact.put(module, files.weight(module))
                 else:
                     artefact.keep(key, files.kept(key), None)
         artefact.describe(record)

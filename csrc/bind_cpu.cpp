@@ -81,9 +81,9 @@ bool digest(int isa, Address data, int64_t bytes, int dtype, Address sums) {
   return finite;
 }
 
-uint32_t crc32(Address data, int64_t bytes) {
+uint32_t crc32(uint32_t before, Address data, int64_t bytes) {
   const py::gil_scoped_release unlocked;
-  return hal::crc32(at<const uint8_t>(data), bytes);
+  return hal::crc32(before, at<const uint8_t>(data), bytes);
 }
 
 // Memory for prepared activations: one buffer per calling thread, grown and kept.

@@ -42,14 +42,16 @@ __attribute__((target("pclmul,sse4.1"))) inline __m128i crc_folded(__m128i x, __
   return _mm_xor_si128(_mm_xor_si128(a, b), next);
 }
 
-__attribute__((target("pclmul,sse4.1"))) inline uint32_t crc32(const uint8_t* data, int64_t bytes) {
-  if (bytes < 64) return ~crc32_bytes(~0u, data, bytes);
+// The sum of `bytes` that follow others, whose sum is `before`.
+__attribute__((target("pclmul,sse4.1"))) inline uint32_t crc32(uint32_t before, const uint8_t* data,
+                                                               int64_t bytes) {
+  if (bytes < 64) return ~crc32_bytes(~before, data, bytes);
   const auto at = [&](int64_t i) __attribute__((target("pclmul,sse4.1"))) {
     return _mm_loadu_si128((const __m128i*)(data + i));
   };
   __m128i x[4];
   for (int j = 0; j < 4; j++) x[j] = at(16 * j);
-  x[0] = _mm_xor_si128(x[0], _mm_cvtsi32_si128(-1));
+  x[0] = _mm_xor_si128(x[0], _mm_cvtsi32_si128((int)~before));
   int64_t i = 64;
   for (; i + 64 <= bytes; i += 64) {
     for (int j = 0; j < 4; j++) x[j] = crc_folded<512>(x[j], at(i + 16 * j));
@@ -65,7 +67,9 @@ __attribute__((target("pclmul,sse4.1"))) inline uint32_t crc32(const uint8_t* da
 #else
 
 inline bool crc32_folds() { return false; }
-inline uint32_t crc32(const uint8_t* data, int64_t bytes) { return ~crc32_bytes(~0u, data, bytes); }
+inline uint32_t crc32(uint32_t before, const uint8_t* data, int64_t bytes) {
+  return ~crc32_bytes(~before, data, bytes);
+}
 
 #endif
 

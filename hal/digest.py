@@ -5,6 +5,7 @@ Not for adversaries: for files that change, disks that err, models that do not r
 """
 
 import zlib
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -29,12 +30,25 @@ def sums(x: Tensor) -> tuple[Tensor, bool]:
     return reference(x.view(torch.uint8)), not number or bool(x.isfinite().all())
 
 
-def crc32(x: Tensor) -> int:
-    """`zlib.crc32` of the bytes of a contiguous tensor of the host, 3 times as fast."""
+def crc32(x: Tensor, before: int = 0) -> int:
+    """`zlib.crc32` of the bytes of a contiguous tensor of the host, 3 times as fast.
+
+    ``before``: the sum of bytes that these follow.
+    """
     data = x.reshape(-1).view(torch.uint8)
-    if cpu.probe() is None and cpu.native().crc32_folds():
-        return int(cpu.native().crc32(data.data_ptr(), data.numel()))
-    return zlib.crc32(memoryview(data.numpy()))  # type: ignore[arg-type]
+    if _folds():
+        return int(cpu.native().crc32(before, data.data_ptr(), data.numel()))
+    return zlib.crc32(memoryview(data.numpy()), before)  # type: ignore[arg-type]
+
+
+@cache
+def _folds() -> bool:
+    """Whether this machine has the instructions, and they find what zlib finds."""
+    if cpu.probe() is not None or not cpu.native().crc32_folds():
+        return False
+    data = torch.arange(1003, dtype=torch.int32).view(torch.uint8)[:4001]
+    ours = cpu.native().crc32(7, data.data_ptr(), data.numel())
+    return bool(ours == zlib.crc32(memoryview(data.numpy()), 7))  # type: ignore[arg-type]
 
 
 def reference(x: Tensor) -> Tensor:

@@ -3,13 +3,14 @@
 
 from autoround.formats.contents import Contents, Module, Stored
 from autoround.formats.export import Export, Target, target
-from autoround.formats.read import RECORD, UNREADABLE, Quantized
+from autoround.formats.read import OF_FORMAT, RECORD, UNREADABLE, Quantized, own_files
 from autoround.formats.row import Format
 from autoround.formats.table import CANONICAL, FORMATS, fit, formats_by_names
 
 __all__ = [
     "CANONICAL",
     "FORMATS",
+    "OF_FORMAT",
     "RECORD",
     "UNREADABLE",
     "Contents",
@@ -21,5 +22,6 @@ __all__ = [
     "Target",
     "fit",
     "formats_by_names",
+    "own_files",
     "target",
 ]

@@ -10,7 +10,7 @@ import hal
 from autoround.formats.contents import Contents, Module
 from autoround.formats.engines import as_built
 from autoround.formats.gptq import group_of, whole
-from autoround.formats.row import Packing, Parts, Shapes, check, scale_name
+from autoround.formats.row import Packing, Parts, Shapes, check, in_spec, scale_name
 from autoround.scheme import KEEP_BITS
 from hal import QTensor, Spec
 
@@ -58,8 +58,12 @@ def read(parts: Parts, said: int) -> QTensor:
     return hal.pack(QTensor(spec, (n, k), "awq", dict(parts)), "plain")
 
 
-AUTO_AWQ = Packing("auto_round:auto_awq", _refuse, _stored, _pack)
-GEMM = Packing("gemm", _refuse_gemm, _stored, _pack)
+def _read(module: Module, parts: Parts) -> QTensor:
+    return in_spec(read(parts, module.spec.group), module.spec)
+
+
+AUTO_AWQ = Packing("auto_round:auto_awq", _refuse, _stored, _pack, read=_read)
+GEMM = Packing("gemm", _refuse_gemm, _stored, _pack, read=_read)
 
 
 def awq_config(contents: Contents, packing: Packing) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def read(module: Module, parts: Parts) -> QTensor:
     return q
 
 
-CANONICAL = Packing("autoround:canonical", _refuse, _stored, _pack)
+CANONICAL = Packing("autoround:canonical", _refuse, _stored, _pack, read=read, scales="scale")
 
 
 def to_json(contents: Contents) -> dict[str, Any]:

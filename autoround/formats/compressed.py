@@ -9,8 +9,7 @@ from torch import Tensor
 
 import hal
 from autoround.formats.contents import Contents, Module
-from autoround.formats.gptq import in_order
-from autoround.formats.row import Packing, Parts, Shapes, check, scale_name
+from autoround.formats.row import Packing, Parts, Shapes, check, in_order, in_spec, scale_name
 from autoround.scheme import Scheme
 from hal import QTensor, Spec
 from hal.layout import pack_stream, unpack_stream
@@ -119,8 +118,17 @@ def _t(x: Tensor) -> Tensor:
     return x.t().contiguous()
 
 
-PACKED = Packing("pack-quantized", _refuse_packed, _stored_packed, _pack_packed)
-BYTES = Packing("int-quantized", _refuse_bytes, _stored_bytes, _pack_bytes)
+def _read(module: Module, parts: Parts) -> QTensor:
+    return in_spec(read(parts), module.spec)
+
+
+PACKED = Packing(
+    "pack-quantized", _refuse_packed, _stored_packed, _pack_packed, read=_read,
+    scales="weight_scale",
+)  # fmt: skip
+BYTES = Packing(
+    "int-quantized", _refuse_bytes, _stored_bytes, _pack_bytes, read=_read, scales="weight_scale"
+)
 
 
 #: Engines multiply int-quantized weights with activations in 8 bits, a scale per token, only.

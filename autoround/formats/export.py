@@ -2,7 +2,7 @@
 """One model in one format: planned to the byte, then written weight by weight."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import hal
 from autoround.errors import InputError
 from autoround.formats.contents import Contents, Module, Stored
-from autoround.formats.row import Format, Packing, Parts, furthest
+from autoround.formats.row import Format, Packing, Parts, furthest, in_order
 from autoround.formats.sink import DTYPES, TORCH, ShardSink
 from autoround.formats.table import choose
 from autoround.header import BITS
 from hal import QTensor
+from hal.digest import crc32
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,11 @@ class Target:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(t.nbytes for t in self.stored)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the files give back every code, scale and zero level as it was found."""
+        return self.packing.read is not None
 
     def config(self) -> dict[str, Any]:
         """What config.json gets beside the source's own keys."""
@@ -84,7 +91,7 @@ class Export:
     ``sink`` is open.
 
     ``errors``: module or tensor -> largest difference between what was given and what a reader
-    makes of the files; empty = exact.
+    makes of the files; empty = exact. ``numbers``, of an exact target: module -> `fingerprint`.
     """
 
     def __init__(
@@ -99,6 +106,7 @@ class Export:
         """``settled``: what an earlier process wrote to the same files, see `ShardSink`."""
         self.target, self.directory = target, directory
         self.errors: dict[str, float] = {}
+        self.numbers: dict[str, str] = {}
         self.sink = ShardSink(
             directory, target.stored, max_shard,
             durable=durable, metadata=target.format.metadata, settled=settled,
@@ -116,6 +124,8 @@ class Export:
         parts: Parts = target.packing.pack(q, module, target.contents)
         if target.packing.loss is not None:
             self._lost(module.name, target.packing.loss(q, parts))
+        if target.exact:
+            self.numbers[module.name] = fingerprint(q)
         written: Written = []
         for suffix, tensor in parts.items():
             written.append((f"{place.name}.{suffix}", place.index or 0))
@@ -132,15 +142,14 @@ class Export:
         self.sink.put_bytes(place.name, raw.contiguous(), place.index or 0)
         return [(place.name, place.index or 0)]
 
-    def read(self, module: Module, read: Callable[[Module, Parts], QTensor]) -> QTensor:
-        """One module's plain weight, from what is written of it."""
-        place, parts = self.target.format.place(module.name), {}
-        for suffix, (dtype, shape) in self.target.packing.stored(
-            module, self.target.contents
-        ).items():
+    def read(self, module: Module) -> QTensor:
+        """One module's plain weight, from what is written of it by an exact target."""
+        place, packing, parts = self.target.format.place(module.name), self.target.packing, {}
+        assert packing.read is not None
+        for suffix, (dtype, shape) in packing.stored(module, self.target.contents).items():
             raw = bytearray(self.sink.read_bytes(f"{place.name}.{suffix}", place.index or 0))
             parts[suffix] = torch.frombuffer(raw, dtype=dtype).view(shape)
-        return read(module, parts)
+        return packing.read(module, parts)
 
     def _lost(self, name: str, error: float) -> None:
         if not math.isfinite(error):
@@ -150,3 +159,18 @@ class Export:
             )
         if error:
             self.errors[name] = error
+
+
+def fingerprint(q: QTensor) -> str:
+    """What `verify` knows a weight by: CRC-32 of its codes, scales, zero levels and groups.
+
+    Codes as a stream along K in the matrix's own order (formats.md 0.4), i32 [N, K bits / 32];
+    scales as stored [N, G]; zero levels u8 [N, G], symmetric ones too; groups of columns, i32 [K].
+    """
+    natural, groups = in_order(q)
+    codes, scale = hal.pack(natural, "stream").parts["qweight"], q.parts["scale"]
+    zero = q.parts.get("zero")
+    if zero is None:
+        zero = torch.full(scale.shape, q.spec.half, dtype=torch.uint8)
+    parts = (codes, scale, zero, groups)
+    return " ".join(f"{crc32(part.detach().cpu().contiguous()):08x}" for part in parts)

@@ -11,12 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import hal
 from autoround.formats.contents import Contents, Module
 from autoround.formats.engines import as_built
-from autoround.formats.row import Packing, Parts, Shapes, check, scale_name
+from autoround.formats.row import Packing, Parts, Shapes, check, in_order, in_spec, scale_name
 from autoround.scheme import KEEP_BITS, Scheme
 from hal import QTensor, Spec
 
@@ -76,15 +75,8 @@ def _pack(minus_one: bool, g_idx: bool) -> Callable[[QTensor, Module, Contents],
     return pack
 
 
-def in_order(q: QTensor) -> tuple[QTensor, Tensor]:
-    """Codes in the matrix's own order of columns, and every column's group, i32 [K]."""
-    k = q.shape[1]
-    groups = torch.arange(k, dtype=torch.int32) // q.spec.width(k)
-    if q.perm is None:
-        return q, groups
-    back = q.perm.argsort()
-    codes = q.parts["codes"][:, back].contiguous()
-    return replace(q, parts={**q.parts, "codes": codes}, perm=None), groups[back]
+def _read(minus_one: bool) -> Callable[[Module, Parts], QTensor]:
+    return lambda module, parts: in_spec(read(parts, minus_one, module.spec.group), module.spec)
 
 
 def read(parts: Parts, minus_one: bool, said: int) -> QTensor:
@@ -120,7 +112,7 @@ def group_of(k: int, groups: int, said: int) -> int:
 
 AUTO_GPTQ = Packing(
     "auto_round:auto_gptq", _refuse(True, tuple(range(2, 9)), False), _stored(False),
-    _pack(True, False),
+    _pack(True, False), read=_read(True),
 )  # fmt: skip
 #: What `auto_round` picks of it: asymmetric, neither vLLM nor SGLang nor auto-round's CPU kernels
 #: read it.
@@ -131,14 +123,20 @@ SYMMETRIC = replace(
     ),
 )
 RAW = Packing(
-    "auto_round", _refuse(False, tuple(range(2, 9)), False), _stored(False), _pack(False, False)
-)
+    "auto_round", _refuse(False, tuple(range(2, 9)), False), _stored(False), _pack(False, False),
+    read=_read(False),
+)  # fmt: skip
 GPTQMODEL = Packing(
     "auto_round:gptqmodel", _refuse(False, tuple(range(2, 9)), False), _stored(True),
-    _pack(False, True),
+    _pack(False, True), read=_read(False),
 )  # fmt: skip
-V1 = Packing("gptq", _refuse(True, GPTQ_BITS, True), _stored(True), _pack(True, True))
-V2 = Packing("gptq_v2", _refuse(False, GPTQ_BITS, True), _stored(True), _pack(False, True))
+V1 = Packing(
+    "gptq", _refuse(True, GPTQ_BITS, True), _stored(True), _pack(True, True), read=_read(True)
+)
+V2 = Packing(
+    "gptq_v2", _refuse(False, GPTQ_BITS, True), _stored(True), _pack(False, True),
+    read=_read(False),
+)  # fmt: skip
 
 
 def auto_round_config(contents: Contents, packing: Packing) -> dict[str, Any]:

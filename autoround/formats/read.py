@@ -19,8 +19,10 @@ from autoround.errors import InputError
 from autoround.files import AGAIN, read_json
 from autoround.formats import awq, canonical, compressed, gptq, mlx
 from autoround.formats.contents import Contents, Module, Stored
+from autoround.formats.row import in_spec
 from autoround.formats.settings import settings_of
 from autoround.formats.sink import DTYPES
+from autoround.formats.table import CANONICAL
 from autoround.header import BITS
 from autoround.patterns import compiled
 from autoround.scheme import KEEP_BITS, KEPT, TABLES, Scheme
@@ -28,6 +30,8 @@ from hal import QTensor, Spec, Unsupported
 
 #: File beside the weights that says how they were made. No times or paths: equal runs, equal bytes.
 RECORD = "autoround.json"
+#: Rows of it that belong to one directory and not to the run.
+OF_FORMAT = ("format", "packing", "largest_error", "checksums", "numbers", "contents")
 GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 PACKED_PARTS = (
     "weight_packed",
@@ -174,7 +178,7 @@ class Quantized:
 
     @cached_property
     def recorded(self) -> dict[str, Module]:
-        """Modules by name, as a canonical directory records them."""
+        """Modules by name, as a run records them in its own files."""
         try:
             rows = canonical.modules_from_json(self.record["contents"]["modules"])
         except UNREADABLE as error:
@@ -262,19 +266,31 @@ class Quantized:
 
     def q(self, name: str) -> QTensor:
         """One module's plain weight. Raises InputError where its tensors do not fit together."""
+        return self._plain(name, _normal)
+
+    def weight(self, module: Module) -> QTensor:
+        """`q` in the module's spec. Raises InputError where that is another's."""
+        return self._plain(module.name, lambda q: in_spec(q, module.spec))
+
+    def _plain(self, name: str, settled: Callable[[QTensor], QTensor]) -> QTensor:
         parts = self.parts(name)
         try:
-            q = _normal(self.dialect.read(self, name, parts))
+            q = settled(self.dialect.read(self, name, parts))
         except UNREADABLE as error:
             raise InputError(f"{self.path}: {name} cannot be read: {error}; {AGAIN}") from None
         if not bool(torch.isfinite(q.parts["scale"]).all()):
             raise InputError(f"{self.path}: {name} has scales that are NaN or infinite; {AGAIN}")
         return q
 
+    @property
+    def own(self) -> bool:
+        """Whether a run recorded what it put here, so that nothing of it is guessed."""
+        return "contents" in self.record
+
     def contents(self) -> Contents:
-        """What the directory holds; scans the scales and zero levels of every module."""
+        """What the directory shows by its tensors, whoever made it; reads every module."""
         if self.dialect.name == "canonical":
-            return self._recorded_contents()
+            return self.recorded_contents()
         modules = {m.key: m for m in (Module.of(name, self.q(name)) for name in self.modules)}
         members: dict[str, list[str]] = {}
         for name, (prefix, _) in self.homes.items():
@@ -309,7 +325,9 @@ class Quantized:
         config = float_config(self.config)
         return Contents(self.path, config, tensors, modules, schemes, base, blocks)
 
-    def _recorded_contents(self) -> Contents:
+    def recorded_contents(self) -> Contents:
+        """What a run put into the directory, by its record. Raises InputError where the tensors
+        are others."""
         record = self.record.get("contents") or {}
         try:
             tensors = {
@@ -329,15 +347,24 @@ class Quantized:
 
     def _measured(self, module: Module) -> Module:
         """With the least of its zero levels, which was not known when the run was planned."""
-        zero = f"{module.name}.zero"
-        entry = self.checkpoint.entries.get(zero)
-        if entry is None:
+        if module.spec.symmetric or module.name not in self.homes:
             return module
-        if entry.dtype != "U8":
-            raise InputError(
-                f"{self.path}: zero levels {zero} are {entry.dtype}, not U8; make the run anew"
-            )
-        return replace(module, least_zero=int(self.checkpoint.get(zero).min()))
+        return replace(module, least_zero=int(self.weight(module).parts["zero"].min()))
+
+
+def own_files(run: Path) -> Path | None:
+    """Where a run has its numbers: ``canonical``, or the first directory of an exact format.
+
+    Raises InputError for a record that cannot be read.
+    """
+    below = sorted(path for path in run.iterdir() if path.is_dir()) if run.is_dir() else []
+    for place in dict.fromkeys((run / CANONICAL.name, run, *below)):
+        if (place / "config.json").is_file() and (place / RECORD).is_file():
+            record = read_json(place / RECORD)
+            named = str(record.get("format")).replace(":", "-")
+            if "contents" in record and (place == run or named == place.name):
+                return place
+    return None
 
 
 def float_config(config: Mapping[str, Any]) -> dict[str, Any]:

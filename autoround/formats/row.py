@@ -2,14 +2,14 @@
 """The types of the format tables: a packing stores one weight, a format one model."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from autoround.formats.contents import Contents, Module
-from hal import QTensor
+from hal import QTensor, Spec
 from hal.spec import SCALES
 
 #: Elements compared at once.
@@ -34,6 +34,33 @@ def scale_name(scale: Tensor) -> str:
         if dtype == scale.dtype:
             return name
     raise ValueError(f"scales in {scale.dtype}")
+
+
+def in_order(q: QTensor) -> tuple[QTensor, Tensor]:
+    """Codes in the matrix's own order of columns, and every column's group, i32 [K]."""
+    k = q.shape[1]
+    groups = torch.arange(k, dtype=torch.int32) // q.spec.width(k)
+    if q.perm is None:
+        return q, groups
+    back = q.perm.argsort()
+    codes = q.parts["codes"][:, back].contiguous()
+    return replace(q, parts={**q.parts, "codes": codes}, perm=None), groups[back]
+
+
+def in_spec(q: QTensor, spec: Spec) -> QTensor:
+    """A plain weight as a spec says the same: its dtype of scales, zero levels or none (all are the
+    middle then). ValueError where it cannot."""
+    k, parts = q.shape[1], dict(q.parts)
+    if (q.spec.bits, q.spec.width(k)) != (spec.bits, spec.width(k)):
+        raise ValueError(f"{q.spec}, where {spec} is expected")
+    parts["scale"] = q.parts["scale"].to(spec.scale_dtype)
+    if not torch.equal(parts["scale"].to(q.parts["scale"].dtype), q.parts["scale"]):
+        raise ValueError(f"scales that {spec.scale} does not hold")
+    if not spec.symmetric and "zero" not in parts:
+        parts["zero"] = torch.full(parts["scale"].shape, spec.half, dtype=torch.uint8)
+    elif spec.symmetric and "zero" in parts and bool((parts.pop("zero") != spec.half).any()):
+        raise ValueError(f"zero levels other than {spec.half} in a symmetric {spec}")
+    return replace(q, spec=spec, parts=parts)
 
 
 def furthest(a: Tensor, b: Tensor) -> float:
@@ -75,6 +102,8 @@ class Packing:
     ``perm``, a stream (`hal.layout`), its columns in the matrix's order unless ``act_order`` (then
     ``q.perm`` tells). ``loss(q, parts)``: largest difference between ``q`` dequantized and what a
     reader makes of the parts; None = always 0.
+    ``read(module, parts)``: the plain weight again, as it was given to ``pack``; None where
+    something is lost. ``scales``: suffix of the tensor that alone changes with the scales.
     """
 
     name: str
@@ -82,6 +111,8 @@ class Packing:
     stored: Callable[[Module, Contents], Shapes]
     pack: Callable[[QTensor, Module, Contents], Parts]
     loss: Callable[[QTensor, Parts], float] | None = None
+    read: Callable[[Module, Parts], QTensor] | None = None
+    scales: str = "scales"
 
 
 @dataclass(frozen=True, slots=True)

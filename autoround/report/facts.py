@@ -151,16 +151,12 @@ def gather(run: str, choices: Choices) -> Report:
 
 
 def _places(path: Path) -> list[Path]:
-    """The directories of a run that programs can load; its own files where there are no others."""
-    if path.name == CANONICAL.name or not (path / CANONICAL.name).is_dir():
-        found = [path]
-    else:
-        inside = sorted(p for p in path.iterdir() if p.is_dir() and p.name != CANONICAL.name)
-        found = [p for p in (path, *inside) if (p / "config.json").is_file()]
-        found = found or [path / CANONICAL.name]
-    if not (found[0] / "config.json").is_file():
+    """The directories of a run that programs can load; our own files where there are no others."""
+    inside = sorted(place.parent for place in path.glob(f"*/{RECORD}"))
+    found = [place for place in (path, *inside) if (place / "config.json").is_file()]
+    if not found:
         raise InputError(f"{path} has no config.json; give the directory of a finished run")
-    return found
+    return [place for place in found if place.name != CANONICAL.name] or found
 
 
 def _quantized(path: Path, places: list[Path]) -> Quantized | None:

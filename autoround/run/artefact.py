@@ -4,9 +4,11 @@
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from autoround.checkpoint import companions
-from autoround.formats import CANONICAL, RECORD, Contents, Export, Module, Target, canonical
+from autoround.formats import CANONICAL, RECORD, Contents, Export, Module, Target
 from autoround.formats.canonical import to_json
 from autoround.formats.export import Written
 from autoround.header import read_header
@@ -25,17 +27,30 @@ from hal import QTensor
 
 #: The fate of a tensor that stays in its dtype and was tuned.
 TUNED = "tuned"
+#: Bytes of tensors that wait to be written while the next is made.
+AHEAD = 32 << 20
 #: What a journal holds of the files: fates of tensors, and for every directory the tensor and piece
 #: that each became, with its CRC-32.
 Row = Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class _Handed:
+    """A tensor that the writers have, one for each directory."""
+
+    key: str
+    fate: str
+    nbytes: int
+    writing: list[Future[Written]]
+
+
 class Artefact(ExitStack):
-    """A run's directory: our own files, and the formats made from them; weights go to all at once.
+    """A run's directory: every format in it; weights go to all at once.
 
     With one format its files lie in ``output`` itself, with several each has a directory of its
-    name there. Our own are always in ``output/canonical``, complete, so that every other format can
-    be made later (`autoround.export`). ``ledger``: what became of every tensor, once it is written.
+    name there, our own ``output/canonical``. One at least is exact: from it every other format can
+    be made later (`autoround.export`), and weights are read again here. ``ledger``: what became of
+    every tensor, once it is written.
     ``rows``: what `settle` gave to an earlier process for the same files; they are opened again.
     Leaving the context finishes the files of weights; without `describe` no reader takes a
     directory for a model.
@@ -56,8 +71,7 @@ class Artefact(ExitStack):
         for row in rows:
             self._recall(row)
         self._threads: list[ThreadPoolExecutor] = []
-        self._writing: list[Future[Written]] = []
-        self._fate: tuple[str, str] | None = None
+        self._writing: deque[_Handed] = deque()
         self._told = len(self.ledger.fates)
 
     def _recall(self, row: Row) -> None:
@@ -67,6 +81,7 @@ class Artefact(ExitStack):
             self.ledger.enter(key, fate, written)
         for export, own in zip(self.exports, row["exports"], strict=True):
             export.errors.update(own["errors"])
+            export.numbers.update(own["numbers"])
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -85,35 +100,36 @@ class Artefact(ExitStack):
 
     def put(self, module: Module, q: QTensor) -> None:
         """Write one module's weight, plain or a stream; its tensors must not change afterwards."""
-        self._hand(module.key, f"quantized {q.spec}", lambda export: export.put(module, q))
+        fate = f"quantized {q.spec}"
+        self._hand(module.key, fate, q.nbytes, lambda export: export.put(module, q))
 
     def keep(self, key: str, raw: Tensor, because: str | None) -> None:
         """Write one tensor that stays."""
         fate = f"copied: {because}" if because else "copied"
-        self._hand(key, fate, lambda export: export.keep(key, raw))
+        self._hand(key, fate, raw.nbytes, lambda export: export.keep(key, raw))
 
     def tune(self, key: str, raw: Tensor) -> None:
         """Write one tensor that stays in its dtype, with values of its own."""
-        self._hand(key, TUNED, lambda export: export.keep(key, raw))
+        self._hand(key, TUNED, raw.nbytes, lambda export: export.keep(key, raw))
 
     def leave(self, key: str, fate: str) -> None:
         """Write nothing of one tensor."""
         self._wait()
         self.ledger.enter(key, fate, [[] for _ in self.exports])
 
-    def _hand(self, key: str, fate: str, write: Callable[[Export], Written]) -> None:
-        self._wait()
+    def _hand(self, key: str, fate: str, nbytes: int, write: Callable[[Export], Written]) -> None:
+        self._wait(AHEAD)
         pairs = zip(self._threads, self.exports, strict=True)
-        self._writing = [thread.submit(write, export) for thread, export in pairs]
-        self._fate = key, fate
+        writing = [thread.submit(write, export) for thread, export in pairs]
+        self._writing.append(_Handed(key, fate, nbytes, writing))
 
-    def _wait(self) -> None:
-        """For the tensor before: no more than one is held back. Raises what its writers raised."""
-        writing, self._writing = self._writing, []
-        written = [future.result() for future in writing]
-        if self._fate is not None:
-            self.ledger.enter(*self._fate, written)
-            self._fate = None
+    def _wait(self, ahead: int = -1) -> None:
+        """Until so many bytes at most are still to be written; without, until nothing is. Raises
+        what the writers raised."""
+        while self._writing and sum(handed.nbytes for handed in self._writing) > ahead:
+            handed = self._writing.popleft()
+            written = [future.result() for future in handed.writing]
+            self.ledger.enter(handed.key, handed.fate, written)
 
     def settle(self) -> Row:
         """Have all that was put on the disk; what was, since the last time."""
@@ -123,6 +139,7 @@ class Artefact(ExitStack):
             future.result()
         new = dict(islice(self.ledger.fates.items(), self._told, None))
         self._told = len(self.ledger.fates)
+        modules = [self.contents.modules[key].name for key in new if key in self.contents.modules]
         exports = [
             {
                 "places": {
@@ -130,6 +147,9 @@ class Artefact(ExitStack):
                     for key in new
                 },
                 "errors": export.errors,
+                "numbers": {
+                    name: export.numbers[name] for name in modules if name in export.numbers
+                },
             }
             for export, own in zip(self.exports, self.ledger.places, strict=True)
         ]
@@ -137,7 +157,7 @@ class Artefact(ExitStack):
 
     def withdraw(self, tuned: Collection[str]) -> None:
         """What is written of weights, and of other ``tuned`` tensors of the source, counts as not
-        written; codes and zero levels in our own files stay, `put` must give them as they are."""
+        written; codes and zero levels in exact files stay, `put` must give them as they are."""
         self._wait()
         keys = [*self.contents.modules, *tuned]
         for export, places in zip(self.exports, self.ledger.places, strict=True):
@@ -155,6 +175,7 @@ class Artefact(ExitStack):
             for key in keys:
                 module = self.contents.modules.get(key)
                 export.errors.pop(module.name if module else key, None)
+                export.numbers.pop(module.name if module else key, None)
 
     def _stop(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
@@ -162,8 +183,7 @@ class Artefact(ExitStack):
 
     def read(self, module: Module) -> QTensor:
         """One module's weight, from what is written of it."""
-        own = next(e for e in self.exports if e.target.format is CANONICAL)
-        return own.read(module, canonical.read)
+        return next(export for export in self.exports if export.target.exact).read(module)
 
     def describe(self, run: Mapping[str, Any]) -> None:
         """Everything beside the weights; ``run``: what the run knows of itself.
@@ -210,9 +230,9 @@ def _rewritten(row: Row, contents: Contents) -> list[str]:
 
 
 def _moves(target: Target, key: str, name: str) -> bool:
-    """Whether a tensor is another once ``key`` is tuned; codes in our own files are not."""
-    weight = target.format is CANONICAL and key in target.contents.modules
-    return not weight or name.endswith(".scale")
+    """Whether a tensor is another once ``key`` is tuned; codes in exact files are not."""
+    weight = target.exact and key in target.contents.modules
+    return not weight or name.rpartition(".")[2] == target.packing.scales
 
 
 def _settle_beside(directory: Path, shards: Collection[str]) -> None:
@@ -237,12 +257,12 @@ def places(targets: Sequence[Target], output: Path) -> list[Path]:
     ]
 
 
-#: Rows of a record that belong to one directory and not to the run.
-OF_FORMAT = ("format", "packing", "largest_error", "checksums", "contents")
-
-
 def _own_record(export: Export) -> dict[str, Any]:
-    """What is true of one directory: its format, what it lost, its bytes, its contents."""
+    """What is true of one directory: its format, what it lost, its bytes, its contents.
+
+    The last two, of exact files only, make them a run's own: proven without others (`verify`), and
+    what other formats are made from.
+    """
     target = export.target
     own: dict[str, Any] = {
         "format": target.format.name,
@@ -250,7 +270,8 @@ def _own_record(export: Export) -> dict[str, Any]:
         "largest_error": max(export.errors.values(), default=0.0),
         "checksums": {name: f"{crc:08x}" for name, crc in sorted(export.checksums.items())},
     }
-    if target.format is CANONICAL:
+    if target.exact:
+        own["numbers"] = dict(sorted(export.numbers.items()))
         own["contents"] = to_json(target.contents)
     return own
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from autoround.errors import InputError
 from autoround.files import read_json
-from autoround.formats import CANONICAL, RECORD
+from autoround.formats import RECORD, own_files
 from autoround.run.journal import HOME, LOCK, RUN, Journal, remove
 
 #: What a run, its exports and reports leave in a directory; --fresh removes nothing else.
@@ -98,10 +98,9 @@ def claim(output: Path, *, fresh: bool = False) -> Iterator[Journal]:
 
 def finished(output: Path) -> dict[str, Any] | None:
     """The record of a finished run."""
-    own = output / CANONICAL.name
-    if (output / HOME / RUN).is_file() or not (own / "config.json").is_file():
+    if (output / HOME / RUN).is_file() or (own := own_files(output)) is None:
         return None
-    return read_json(own / RECORD) if (own / RECORD).is_file() else None
+    return read_json(own / RECORD)
 
 
 def _refuse_foreign(output: Path) -> None:

@@ -41,13 +41,12 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class ModelPlan:
-    """What a run will do: ``targets`` are the formats asked for, ``canonical`` our own files.
+    """What a run will do: ``targets`` are the formats asked for.
 
     ``fates`` has one row for every tensor of the source checkpoint.
     """
 
     contents: Contents
-    canonical: Target
     targets: tuple[Target, ...]
     blocks: tuple[tuple[Layer, ...], ...]
     head: Layer | None
@@ -81,8 +80,9 @@ class ModelPlan:
 
     @property
     def written(self) -> tuple[Target, ...]:
-        """Everything a run writes: our own files, then the formats."""
-        return (self.canonical, *self.targets)
+        """Everything a run writes: the formats, and our own files first where none is exact."""
+        exact = any(own.exact for own in self.targets)
+        return self.targets if exact else (target(CANONICAL, self.contents), *self.targets)
 
     @property
     def nbytes(self) -> int:
@@ -119,10 +119,7 @@ def make_plan(survey: Survey, recipe: Recipe) -> ModelPlan:
     contents = _contents(survey, [x for own in layers for x in own], modules, base, prefix)
     fates = _fates(survey, contents, kept)
     targets = tuple(target(format, contents) for format in formats)
-    return ModelPlan(
-        contents, target(CANONICAL, contents), targets, blocks, head_layer,
-        dict(sorted(kept.items())), fates,
-    )  # fmt: skip
+    return ModelPlan(contents, targets, blocks, head_layer, dict(sorted(kept.items())), fates)
 
 
 def _refuse_schemes(formats: Collection[Format], schemes: Collection[Scheme]) -> None:

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`verify`: a directory held against the run it came from, tensor by tensor."""
+"""`verify`: a directory held against the run it came from, tensor by tensor.
+
+Exact files carry what the run knew of them (checksums of every tensor, fingerprints of the weights
+before they were packed, the contents): they are proven alone. Others are held against exact ones.
+"""
 
 import os
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,19 +21,21 @@ from autoround.checkpoint import INDEX, Checkpoint
 from autoround.errors import InputError
 from autoround.files import read_json
 from autoround.formats import (
-    CANONICAL,
     FORMATS,
+    OF_FORMAT,
     RECORD,
     UNREADABLE,
     Contents,
     Format,
     Module,
     Quantized,
+    own_files,
 )
 from autoround.formats.row import Place, furthest
 from autoround.verify import decode
 from autoround.verify.claims import RULES, Claim
 from autoround.verify.decode import Numbers
+from hal.digest import crc32
 
 Task = Callable[[], None]
 #: Bytes of a tensor that are compared at one time.
@@ -43,6 +48,7 @@ COPIES = ("quantization_config.json", "quantize_config.json")
 class Verdict:
     """What was compared, and every difference found; none = verified.
 
+    ``recorded``: with what the run recorded in the directory itself; ``against``: with other files.
     ``largest_error``: of a dequantized weight or a kept tensor against the run, as the format's
     readers see it; 0 = exact.
     """
@@ -52,6 +58,7 @@ class Verdict:
     modules: int = 0
     kept: int = 0
     checksums: int = 0
+    recorded: bool = False
     against: Path | None = None
     largest_error: float = 0.0
     differences: list[str] = field(default_factory=list)
@@ -63,7 +70,7 @@ class Verdict:
     def __str__(self) -> str:
         if not self.ok:
             return f"NOT VERIFIED {self.directory}: {len(self.differences)} differences"
-        if self.against is None:
+        if self.against is None and not self.recorded:
             return (
                 f"VERIFIED {self.directory}: {self.checksums} checksums, {self.modules} modules as "
                 "the config says; no run to compare with (--against RUN)"
@@ -80,17 +87,19 @@ def verify(
 ) -> Verdict:
     """Compare a finished directory with the run it came from.
 
-    ``against``: the run, its canonical directory, or any quantized directory; None = looked for in
-    and beside ``directory``. ``trusted``: its own checksums were compared a moment ago. Every
-    difference is in the verdict. Raises InputError only where there is nothing to read.
+    ``against``: the run, or any quantized directory; None = the record in ``directory`` if that is
+    exact, else a run in or beside it. ``trusted``: the run's own checksums were compared a moment
+    ago. Every difference is in the verdict. Raises InputError only where there is nothing to read.
     """
     path = Path(directory)
     if not (path / "config.json").is_file():
         raise InputError(f"{path} has no config.json; give the directory of a finished model")
-    run = _run_of(path, against)
-    verdict = Verdict(path, "?", against=run)
+    given = None if against is None else _given(Path(against))
+    verdict = Verdict(path, "?")
     try:
-        _Check(path, run, verdict).all(trusted=trusted)
+        run = _beside(path) if given is None else given
+        verdict.against = None if run is None or run.resolve() == path.resolve() else run
+        _Check(path, verdict.against, verdict).all(trusted=trusted)
     except InputError as error:
         verdict.differences.append(str(error))
     except UNREADABLE as error:
@@ -106,18 +115,26 @@ def prove(directories: Iterable[Path], against: str | Path | None = None) -> lis
     return verdicts
 
 
-def _run_of(path: Path, against: str | Path | None) -> Path | None:
-    own = CANONICAL.name
-    if against is not None:
-        given = Path(against)
-        found = next((p for p in (given / own, given) if (p / "config.json").is_file()), None)
-        if found is None:
-            raise InputError(f"{given} is no run: it has no config.json, nor {own}/config.json")
-        return None if found.resolve() == path.resolve() else found
-    if path.name == own:
-        return None
-    beside = (path / own, path.parent / own)
-    return next((p for p in beside if (p / "config.json").is_file()), None)
+def _given(run: Path) -> Path:
+    found = own_files(run)
+    if found is None and not (run / "config.json").is_file():
+        raise InputError(f"{run} is no run and no model: it has no config.json")
+    return found or run
+
+
+def _beside(path: Path) -> Path | None:
+    """The exact files of the run that a directory belongs to: itself, in it, beside or above it."""
+    own = _record(path)
+    if "contents" in own:
+        return path
+    for place in (path, path.parent):
+        if (found := own_files(place)) and _of_run(_record(found)) == _of_run(own):
+            return found
+    return None
+
+
+def _of_run(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in OF_FORMAT}
 
 
 class _Check:
@@ -131,29 +148,35 @@ class _Check:
         self.files = None if dense else Quantized(path)
         self.record = _record(path)
         self.run = Quantized(run) if run else None
-        if self.run is not None:
-            self.contents: Contents | None = self.run.contents()
-        elif self.files is not None and self.files.dialect.name == CANONICAL.name:
-            self.contents = self.files.contents()
-        else:
-            self.contents = None
+        own = self.run or self.files
+        self.contents: Contents | None = None
+        if own is not None and own.own:
+            self.contents = own.recorded_contents()
+        elif self.run is not None:
+            self.contents = self.run.contents()
         verdict.format = str(self.record.get("format") or (self.files and self.files.dialect.name))
 
     def all(self, *, trusted: bool) -> None:
         self._index()
         self._copies()
         tasks: list[Task] = []
-        if self.run is None or self.contents is None:
+        if self.run is None:
             tasks += self._checksums(self.checkpoint, self.record, "")
             self.verdict.checksums = len(tasks)
-            tasks += self._alone(self.files) if self.files else []
+            if self.files is not None and self.contents is not None:
+                self.verdict.recorded = True
+                tasks += self._packed(self.contents, self.files, self._as_told)
+                self._all_kept(self.contents)
+            elif self.files is not None:
+                tasks += self._alone(self.files)
         else:
+            assert self.contents is not None
             if not trusted:
                 tasks += self._checksums(self.run.checkpoint, _record(self.run.path), "the run's ")
             if self.files is None:
                 tasks += self._dense(self.contents, self.run)
             else:
-                tasks += self._packed(self.contents, self.run, self.files)
+                tasks += self._packed(self.contents, self.files, partial(self._as_there, self.run))
             tasks += self._kept(self.contents, self.run)
         _side_by_side(partial(self._guarded, task) for task in tasks)
         self.verdict.differences.sort()
@@ -167,7 +190,8 @@ class _Check:
 
     def _differs(self, text: str) -> None:
         with self._lock:
-            self.verdict.differences.append(text)
+            if text not in self.verdict.differences:
+                self.verdict.differences.append(text)
 
     def _index(self) -> None:
         """The index, where there is one: as many bytes as there are, no tensor left out."""
@@ -200,8 +224,7 @@ class _Check:
     def _checksum(self, checkpoint: Checkpoint, name: str, crc: str, whose: str) -> None:
         found = 0
         for rows in _pieces(checkpoint, name):
-            raw = checkpoint.get(name, rows).reshape(-1).view(torch.uint8).numpy()
-            found = zlib.crc32(memoryview(raw), found)  # type: ignore[arg-type]
+            found = crc32(checkpoint.get(name, rows), found)
         if f"{found:08x}" != crc:
             self._differs(f"{whose}{name} is not what was written: its checksum differs")
 
@@ -217,7 +240,9 @@ class _Check:
         for name in files.modules:
             yield partial(look, name)
 
-    def _packed(self, contents: Contents, run: Quantized, files: Quantized) -> Iterator[Task]:
+    def _packed(
+        self, contents: Contents, files: Quantized, compare: Callable[[Module, Numbers], None]
+    ) -> Iterator[Task]:
         """Packed modules: the same ones, with the same numbers, as the config says."""
         names = {module.name for module in contents.modules.values()}
         for name in sorted(names - {*files.modules}):
@@ -226,17 +251,32 @@ class _Check:
             self._differs(f"{name} has codes here and is not quantized in the run")
         here = [module for module in contents.modules.values() if module.name in files.homes]
 
-        def compare(module: Module) -> None:
-            expected, found = self._numbers(run, module.name), self._numbers(files, module.name)
-            if expected is not None and found is not None:
+        def look(module: Module) -> None:
+            found = self._numbers(files, module.name)
+            if found is not None:
                 self._sane(module.name, found)
-                self._same(module.name, found, expected)
+                compare(module, found)
                 self._claimed(module.name, found, contents.inside(module.name))
 
         self.verdict.modules = len(here)
         self._unclaimed(contents, files)
         for module in here:
-            yield partial(compare, module)
+            yield partial(look, module)
+
+    def _as_there(self, run: Quantized, module: Module, found: Numbers) -> None:
+        """Against the run's files."""
+        expected = self._numbers(run, module.name)
+        if expected is not None:
+            self._same(module.name, found, expected)
+
+    def _as_told(self, module: Module, found: Numbers) -> None:
+        """Against what the run knew of the weight before it was packed."""
+        told = str((self.record.get("numbers") or {}).get(module.name)).split()
+        for what, have, want in zip(decode.PARTS, found.fingerprint(), told, strict=False):
+            if have != want:
+                self._differs(f"{module.name}: the {what} are not those that the run found")
+        if len(told) != len(decode.PARTS):
+            self._differs(f"{module.name} has no fingerprint in {RECORD}")
 
     def _numbers(self, files: Quantized, name: str) -> Numbers | None:
         try:
@@ -349,20 +389,24 @@ class _Check:
             yield partial(compare, module)
 
     def _kept(self, contents: Contents, run: Quantized) -> Iterator[Task]:
-        """Other tensors: all there, nothing else, the same bytes (or the same after a cast)."""
+        """Other tensors: the same bytes, or the same after a cast."""
+        for name, place in self._all_kept(contents):
+            yield partial(self._same_kept, run, name, place)
+
+    def _all_kept(self, contents: Contents) -> list[tuple[str, Place]]:
+        """Other tensors: all there, and nothing else; where each is."""
         format = _format(self.verdict.format)
         owned = self.files.owned if self.files else {*contents.modules}
         left = {name for name in self.checkpoint.entries if name not in owned}
-        for stored in contents.kept:
-            place = format.place(stored.name)
+        found = [(stored.name, format.place(stored.name)) for stored in contents.kept]
+        here = [(name, place) for name, place in found if place.name in self.checkpoint.entries]
+        for name, place in found:
             if place.name not in self.checkpoint.entries:
-                self._differs(f"{stored.name} is missing")
-                continue
-            left.discard(place.name)
-            self.verdict.kept += 1
-            yield partial(self._same_kept, run, stored.name, place)
-        for name in sorted(left):
+                self._differs(f"{name} is missing")
+        for name in sorted(left - {place.name for _, place in here}):
             self._differs(f"{name} is here and not in the run")
+        self.verdict.kept = len(here)
+        return here
 
     def _same_kept(self, run: Quantized, name: str, place: Place) -> None:
         index = place.index

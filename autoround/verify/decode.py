@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every format's reader makes of its tensors, from the formats' own formulas alone.
 
-Nothing here is shared with the writers (`autoround.formats`, `hal.layout`): a mistake there does
-not cancel itself here. Sources: formats.md 0.4 (stream), 2 (GPTQ), 3 (AWQ), 4 (compressed-tensors),
-5 (MLX).
+Nothing here but CRC-32 is shared with the writers (`autoround.formats`, `hal.layout`): a mistake
+there does not cancel itself here. Sources: formats.md 0.4 (stream), 2 (GPTQ), 3 (AWQ), 4
+(compressed-tensors), 5 (MLX).
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hal.digest import crc32
+
 Parts = Mapping[str, Tensor]
+#: What a fingerprint is made of, in its order.
+PARTS = ("codes", "scales", "zero levels", "groups")
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,12 @@ class Numbers:
     def symmetric(self) -> bool:
         return bool((self.zero == 1 << (self.bits - 1)).all())
 
+    def fingerprint(self) -> list[str]:
+        """CRC-32 of PARTS: codes as rows of words, scales as stored, levels u8, groups i32."""
+        words = packed(self.codes, self.bits) if self.words is None else self.words
+        parts = (words, self.scale, self.zero.to(torch.uint8), self.groups.to(torch.int32))
+        return [f"{crc32(part.contiguous()):08x}" for part in parts]
+
 
 def stream(words: Tensor, bits: int) -> Tensor:
     """Codes u8 ``[R, C]`` of rows of words of any integer dtype: least significant bits first."""
@@ -81,6 +91,18 @@ def stream(words: Tensor, bits: int) -> Tensor:
             code = code | runs[..., byte + 1] << (8 - shift)
         cut.append(code & (1 << bits) - 1)
     return torch.stack(cut, dim=-1).view(rows, -1)
+
+
+def packed(codes: Tensor, bits: int) -> Tensor:
+    """The inverse of `stream`: rows of bytes u8 [R, C bits / 8] of codes u8 [R, C]."""
+    runs = codes.reshape(codes.shape[0], -1, 8)  # 8 codes in so many bytes
+    raw = torch.zeros(*runs.shape[:2], bits, dtype=torch.uint8)
+    for i in range(8):
+        byte, shift = divmod(i * bits, 8)
+        raw[..., byte] |= runs[..., i] << shift
+        if shift + bits > 8:
+            raw[..., byte + 1] |= runs[..., i] >> (8 - shift)
+    return raw.flatten(1)
 
 
 def gptq(parts: Parts, minus_one: bool) -> Numbers:

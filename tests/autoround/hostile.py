@@ -61,8 +61,9 @@ READ = f"{TUNE} --recipe rtn-searched"
 EVAL = "--nsamples 2 --seqlen 16"
 ROUND = f"quantize {{at}} -o {{out}} {RTN}"
 DATA = "{corpus}/run/auto_round --against {corpus}/qwen3 --dataset {file}"
-RUNS = {"gptq": "auto_gptq-v2", "awq": "auto_awq", "ct": "llm_compressor", "mlx": "mlx",
-        "ar": "auto_round", "canonical": "canonical", "fake": "fake"}  # fmt: skip
+RUNS = {"gptq": "run/auto_gptq-v2", "awq": "run/auto_awq", "ct": "run/llm_compressor",
+        "mlx": "run/mlx", "ar": "run/auto_round", "canonical": "lossy/canonical",
+        "fake": "run/fake"}  # fmt: skip
 
 SUBJECTS: dict[str, Subject] = {
     row.name: row
@@ -92,15 +93,16 @@ SUBJECTS: dict[str, Subject] = {
         Subject("layer config", "recipe", "layers.json",
                 f"quantize {{corpus}}/llama -o {{out}} --layer-config {{file}} {RTN}",
                 words=("layer_config", "pattern", "one tensor and need one scheme")),
-        *(Subject(f"{verb} {name}", f"run/{place}", files, command, 2)
+        *(Subject(f"{verb} {name}", place, files, command, 2)
           for name, place in RUNS.items()
           for verb, files, command in (
               ("verify", "*.*", "verify {at} --against {corpus}/run"),
               ("convert", "*.*", "convert {at} -o {out} --format llm_compressor"),
               ("load", "*.*", "generate {at} hello --max-new-tokens 2"))),
         Subject("verify alone", "run/auto_gptq-v2", "*.*", "verify {at}"),
-        Subject("verify run", "run", "canonical/*.*", "verify {at}/auto_gptq-v2", 2),
-        Subject("export", "run", "canonical/*.*", "export {at} -o {out} --format auto_gptq:v2", 2),
+        Subject("verify run", "run", "auto_awq/*.*", "verify {at}/mlx", 2),
+        Subject("verify lossy", "lossy", "canonical/*.*", "verify {at}/mlx"),
+        Subject("export", "run", "auto_awq/*.*", "export {at} -o {out} --format auto_gptq:v2", 2),
         Subject("eval model", "run/auto_round", "*.*",
                 f"eval {{at}} --against {{corpus}}/qwen3 {EVAL}"),
         Subject("eval float", "qwen3", "*.*",
@@ -158,10 +160,12 @@ def make_corpus(root: Path) -> Path:
     (root / "recipe").mkdir()
     layers = {"k_proj": {"bits": 8, "group_size": 32}, "layers.1": "W8A16", "o_proj": {"bits": 16}}
     (root / "recipe/layers.json").write_text(json.dumps(layers))
-    arguments = f"quantize {root}/qwen3 -o {root}/run --format {FORMATS} {RTN} --asym".split()
-    with contextlib.suppress(SystemExit):
-        cli.run(arguments)
-    assert (root / "run/fake/config.json").is_file(), "the corpus itself cannot be made"
+    for name, formats in (("run", FORMATS), ("lossy", "mlx,fake")):
+        arguments = f"quantize {root}/qwen3 -o {root}/{name} --format {formats} {RTN} --asym"
+        with contextlib.suppress(SystemExit):
+            cli.run(arguments.split())
+        made = (root / name / "fake/config.json").is_file()
+        assert made, "the corpus itself cannot be made"
     _begin(root)
     return root
 

@@ -36,8 +36,8 @@ def run(source: Path, output: Path, steps: int = 8, **changes: Any) -> Run:
 
 
 def own(output: Path) -> dict[str, torch.Tensor]:
-    """Our own files."""
-    return load_file(output / "canonical" / "model.safetensors")
+    """All tensors of the run."""
+    return load_file(output / "model.safetensors")
 
 
 def record(output: Path) -> Any:
@@ -114,7 +114,7 @@ def test_what_changes(saved: Saved, tmp_path: Path) -> None:
     with_, without = own(tmp_path / "with"), own(tmp_path / "without")
     moved = {name for name in without if not torch.equal(with_[name], without[name])}
     norms = {name for name in without if "norm" in name}
-    assert moved == norms | {name for name in without if name.endswith(".scale")}
+    assert moved == norms | {name for name in without if name.endswith(".scales")}
     fates = record(tmp_path / "with")["tensors"]
     assert {name for name, fate in fates.items() if fate == "tuned"} == norms
     assert "tuned" not in record(tmp_path / "without")["tensors"].values()

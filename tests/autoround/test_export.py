@@ -20,7 +20,7 @@ import autoround
 from autoround.cli import run as command
 from autoround.errors import InputError
 from autoround.export import convert, export
-from autoround.formats import FORMATS, Quantized, formats_by_names
+from autoround.formats import FORMATS, Quantized, formats_by_names, own_files
 from autoround.formats.table import holds
 from autoround.options import build_recipe
 from autoround.recipe import Recipe
@@ -46,7 +46,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             zoo.save(name, base / "float", overrides=overrides)
             recipe = build_recipe(None, {"iters": 0, "group_size": 32} | changes)
             pipeline.quantize(recipe, pipeline.Source(base / "float", HOST), base / "run")
-            modules = Quantized(base / "run/canonical").contents().modules.values()
+            own = own_files(base / "run")
+            assert own is not None
+            modules = Quantized(own).recorded_contents().modules.values()
             rows = [row for row in FORMATS.values() if holds(row, modules)]
             assert all(verdict.ok for verdict in export(base / "run", rows, None, SHARD))
             done[key] = base / "run"
@@ -65,10 +67,10 @@ def logits(model: Any) -> Tensor:
 
 
 def exports(run: Path) -> dict[str, Path]:
-    """Format -> directory, the run's own and canonical included."""
+    """Format -> directory, the run's own included."""
     found = {name: run / name.replace(":", "-") for name in FORMATS}
     found = {name: path for name, path in found.items() if path.is_dir()}
-    return {**found, "canonical": run / "canonical", "quantize": run}
+    return {**found, "quantize": run}
 
 
 # ---- the same numbers ------------------------------------------------------------------------
@@ -79,7 +81,7 @@ def exports(run: Path) -> dict[str, Path]:
 def test_every_format_runs_on_our_kernels(name: str, sym: bool, runs: Runs) -> None:
     """Against transformers on the dequantized weights."""
     found = exports(runs(name, sym=sym))
-    least = {"auto_round", "auto_gptq:v2", "fake", "fake:float32", "canonical", "quantize"}
+    least = {"auto_round", "auto_gptq:v2", "fake", "fake:float32", "quantize"}
     linear = {"auto_awq", "llm_compressor", "mlx", "auto_round:mlx"} if name != "gpt2" else set()
     assert least | linear <= set(found)
     wanted = logits(zoo.plain(name, found["fake:float32"]))
@@ -144,7 +146,7 @@ def test_several_formats_in_one_run(saved: Callable[..., Path], tmp_path: Path) 
     done = pipeline.quantize(recipe, pipeline.Source(saved("llama"), HOST), tmp_path / "run")
     assert [v.format for v in done.verdicts] == names.split(",")
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        "auto_gptq-v2", "canonical", "fake", "llm_compressor", "mlx",
+        "auto_gptq-v2", "fake", "llm_compressor", "mlx",
     ]  # fmt: skip
     export(tmp_path / "run", formats_by_names(names), tmp_path / "later", SHARD)
     for name in ("auto_gptq-v2", "llm_compressor", "mlx", "fake"):
@@ -207,9 +209,10 @@ def test_refused_before_tuning(saved: Callable[..., Path], tmp_path: Path) -> No
 def test_places_that_are_taken_or_no_run(runs: Runs, tmp_path: Path) -> None:
     rows = formats_by_names("auto_awq")
     refused("exists and is not empty", export, runs("llama"), rows, None, SHARD)
-    refused("not a run of `autoround quantize`", export, tmp_path, rows, None, SHARD)
+    refused("no finished run of `autoround quantize`", export, tmp_path, rows, None, SHARD)
     shutil.copytree(runs("llama"), tmp_path / "run")
-    (tmp_path / "run/canonical/autoround.json").write_text("{}")
+    record = tmp_path / "run/autoround.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"contents": {}}))
     refused("does not describe the weights", export, tmp_path / "run", rows, tmp_path / "o", SHARD)
 
 
@@ -444,7 +447,20 @@ def test_commands(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert all(name in out for name in FORMATS)
 
 
-def test_transformers_takes_canonical_for_what_it_is(runs: Runs) -> None:
-    """Our own files never pass for a float model: without our loader they are refused."""
-    config = transformers.AutoConfig.from_pretrained(runs("llama") / "canonical")
+@pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
+def test_a_run_without_an_exact_format_keeps_its_numbers_beside(sym: bool, runs: Runs) -> None:
+    """From them every format is made as from a run that has one; no reader takes them for a model
+    of its own."""
+    dense = runs("llama", sym=sym, format="fake")
+    own = dense / "canonical"
+    assert not any(runs("llama", sym=sym).rglob("canonical"))
+    assert verify(own).ok
+    assert verify(dense).against == own
+    for name in ("auto_round", "llm_compressor", "mlx"):
+        ours, theirs = (oracle.read(run / name) for run in (dense, runs("llama", sym=sym)))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    wanted = logits(zoo.plain("llama", dense / "fake-float32"))
+    assert (logits(autoround.load(own)) - wanted).abs().max() < 2e-5 * wanted.abs().max()
+    config = transformers.AutoConfig.from_pretrained(own)
     assert config.quantization_config["packing_format"] == "autoround:canonical"

@@ -205,9 +205,9 @@ def test_base_model_of_a_hub_snapshot(source: Path, made: Path, tmp_path: Path) 
 # ---- every kind of directory -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["canonical", "llm_compressor", "mlx", "fake", "foreign"])
+@pytest.mark.parametrize("kind", ["auto_round", "llm_compressor", "mlx", "fake", "foreign"])
 def test_every_directory(kind: str, made: Path, source: Path, tmp_path: Path) -> None:
-    """Our own files, files of each format, and those of another program, which have no record."""
+    """Files of each format, and those of another program, which have no record."""
     shutil.copytree(made / ("auto_round" if kind == "foreign" else kind), tmp_path / kind)
     if kind == "foreign":
         (tmp_path / kind / "autoround.json").unlink()

@@ -329,7 +329,6 @@ DAMAGE = [
     ("journal/00000.json", "not as it was written"),
     ("journal/00001.json", "not as it was written"),
     ("model.safetensors.partial", "not what was written there"),
-    ("canonical/model.safetensors.partial", "not what was written there"),
 ]
 GONE = ("journal/run.json", "journal/00001.json")
 

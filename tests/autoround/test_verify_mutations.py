@@ -3,6 +3,7 @@
 
 import json
 import shutil
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -273,7 +274,7 @@ def files(runs: Callable[[str], Path], tmp_path: Path) -> Callable[[str], tuple[
 
     def get(format: str) -> tuple[Files, Path]:
         directory = runs(format)
-        run = next(p for p in directory.parents if (p / "canonical").exists())
+        run = next(p for p in directory.parents if (p / "autoround.json").exists())
         shutil.copytree(directory, tmp_path / "copy")
         return Files(tmp_path / "copy", format), run
 
@@ -352,10 +353,46 @@ def test_a_truncated_file(format: str, cut: int, files: Callable[..., Any]) -> N
 
 def test_damage_to_the_run_itself(files: Callable[..., Any], tmp_path: Path) -> None:
     copy, run = files("auto_gptq:v2")
-    shutil.copytree(run / "canonical", tmp_path / "canonical")
-    own = load_file(tmp_path / "canonical" / "model.safetensors")
-    _flip(own[f"{EXPERT}.codes"])
-    save_file(own, tmp_path / "canonical" / "model.safetensors", {"format": "pt"})
-    for directory, against in ((copy.path, tmp_path), (tmp_path / "canonical", None)):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("all"))
+    own = load_file(tmp_path / "run" / "model.safetensors")
+    _flip(own[f"{EXPERT}.qweight"])
+    save_file(own, tmp_path / "run" / "model.safetensors", {"format": "pt"})
+    for directory, against in ((copy.path, tmp_path / "run"), (tmp_path / "run", None)):
         verdict = verify(directory, against)
-        assert any(f"{EXPERT}.codes" in difference for difference in verdict.differences)
+        assert any(f"{EXPERT}.qweight" in difference for difference in verdict.differences)
+
+
+#: Damage whose only trace is in what the run knew before it packed: the checksums of the files are
+#: made to fit it.
+UNSEEN = {"codes": CODES, "scales": SCALES, "zero levels": ZEROS}
+
+
+@pytest.mark.parametrize("what", UNSEEN)
+@pytest.mark.parametrize("format", [f for f in FORMATS if f not in ("mlx", "fake:float32")])
+def test_exact_files_are_proven_alone(format: str, what: str, files: Callable[..., Any]) -> None:
+    """A weight that is packed wrongly has the checksums of wrong words, and no such fingerprint."""
+    copy, _ = files(format)
+    assert verify(copy.path).recorded
+    names = PARTS.get(format, ("qweight", "scales", "qzeros"))
+    key = f"{EXPERT}.{names[UNSEEN[what]]}"
+    if key not in copy.tensors:
+        return  # symmetric
+    raw = copy.tensors[key].view(torch.uint8).view(-1)
+    raw[0] ^= 1
+    copy.save()
+    record = copy.path / "autoround.json"
+    told = json.loads(record.read_text())
+    told["checksums"][key] = f"{zlib.crc32(raw.numpy().tobytes()):08x}"
+    record.write_text(json.dumps(told))
+    verdict = verify(copy.path)
+    assert verdict.differences == [f"{EXPERT}: the {what} are not those that the run found"]
+
+
+def test_a_tensor_more_or_less_than_recorded(files: Callable[..., Any]) -> None:
+    copy, _ = files("llm_compressor")
+    copy.tensors["more"] = torch.zeros(3)
+    del copy.tensors[NORM]
+    copy.save()
+    assert verify(copy.path).differences == [
+        f"{NORM} is missing", "more is here and not in the run"
+    ]  # fmt: skip

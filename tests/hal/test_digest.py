@@ -21,6 +21,7 @@ def test_native_is_the_reference(n: int) -> None:
 def test_crc32_is_that_of_zlib(n: int, start: int) -> None:
     x = torch.randint(0, 256, (n + start,), dtype=torch.uint8)
     assert digest.crc32(x[start:]) == zlib.crc32(bytes(x[start:].tolist()))
+    assert digest.crc32(x[start:], 77) == zlib.crc32(bytes(x[start:].tolist()), 77)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
