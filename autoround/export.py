@@ -36,7 +36,7 @@ def write(
             "there; for a quantized checkpoint of another program use `autoround convert`"
         )
     files = Quantized(found)
-    contents = files.recorded_contents()
+    contents = files.run_contents()
     targets = [target(format, contents) for format in formats]
     where = Path(output) if output else Path(run)
     if output is None and len(formats) == 1:

@@ -290,7 +290,7 @@ class Quantized:
     def contents(self) -> Contents:
         """What the directory shows by its tensors, whoever made it; reads every module."""
         if self.dialect.name == "canonical":
-            return self.recorded_contents()
+            return self.run_contents()
         modules = {m.key: m for m in (Module.of(name, self.q(name)) for name in self.modules)}
         members: dict[str, list[str]] = {}
         for name, (prefix, _) in self.homes.items():
@@ -326,8 +326,7 @@ class Quantized:
         return Contents(self.path, config, tensors, modules, schemes, base, blocks)
 
     def recorded_contents(self) -> Contents:
-        """What a run put into the directory, by its record. Raises InputError where the tensors
-        are others."""
+        """What a run put into the directory, by its record. Raises InputError for a damaged one."""
         record = self.record.get("contents") or {}
         try:
             tensors = {
@@ -341,15 +340,32 @@ class Quantized:
             raise InputError(
                 f"{self.path / RECORD} does not describe the weights ({error!r}); make the run anew"
             ) from None
-        modules = {module.key: self._measured(module) for module in self.recorded.values()}
+        modules = {module.key: module for module in self.recorded.values()}
         config = float_config(self.config)
         return Contents(self.path, config, tensors, modules, schemes, base, blocks, stacked)
 
-    def _measured(self, module: Module) -> Module:
-        """With the least of its zero levels, which was not known when the run was planned."""
-        if module.spec.symmetric or module.name not in self.homes:
-            return module
-        return replace(module, least_zero=int(self.weight(module).parts["zero"].min()))
+    def run_contents(self) -> Contents:
+        """`recorded_contents`, with the least zero level of every weight, not known when a run is
+        planned: some formats have none for 0. Raises InputError where the tensors are others."""
+        contents = self.recorded_contents()
+        strange = {module.name for module in contents.modules.values()} ^ {*self.homes}
+        strange |= {t.name for t in contents.kept} ^ ({*self.checkpoint.entries} - self.owned)
+        for t in contents.kept:
+            entry = self.checkpoint.entries.get(t.name)
+            if entry and (entry.dtype, tuple(entry.shape)) != (t.dtype, t.shape):
+                strange.add(t.name)
+        if strange:
+            raise InputError(
+                f"{self.path / RECORD} does not describe the weights: {min(strange)} is another, "
+                f"or not there; `autoround verify {self.path}` says more, {AGAIN}"
+            )
+        modules = {
+            key: module
+            if module.spec.symmetric
+            else replace(module, least_zero=int(self.weight(module).parts["zero"].min()))
+            for key, module in contents.modules.items()
+        }
+        return replace(contents, modules=modules)
 
 
 def own_files(run: Path) -> Path | None:

@@ -216,6 +216,31 @@ def test_places_that_are_taken_or_no_run(runs: Runs, tmp_path: Path) -> None:
     refused("does not describe the weights", export, tmp_path / "run", rows, tmp_path / "o", SHARD)
 
 
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("model.norm.weight", None),
+        ("model.norm.weight", lambda t: t.double()),
+        ("model.layers.1.mlp.up_proj.qweight", None),
+        ("one.more", lambda t: torch.zeros(2)),
+    ],
+)
+def test_a_run_that_is_not_as_recorded(
+    key: str, change: Callable[[Any], Tensor] | None, runs: Runs, tmp_path: Path
+) -> None:
+    """Nothing is exported of it, and the tensor is named."""
+    shutil.copytree(runs("llama") / "auto_round", tmp_path / "run")
+    tensors = load_file(tmp_path / "run/model.safetensors")
+    found = tensors.pop(key, None)
+    if change:
+        tensors[key] = change(found)
+    save_file(tensors, tmp_path / "run/model.safetensors", {"format": "pt"})
+    rows = formats_by_names("auto_awq")
+    named = key.removesuffix(".qweight")
+    refused(named, export, tmp_path / "run", rows, tmp_path / "out", SHARD)
+    assert not (tmp_path / "out").exists()
+
+
 # ---- other programs' checkpoints -------------------------------------------------------------
 
 
@@ -464,3 +489,18 @@ def test_a_run_without_an_exact_format_keeps_its_numbers_beside(sym: bool, runs:
     assert (logits(autoround.load(own)) - wanted).abs().max() < 2e-5 * wanted.abs().max()
     config = transformers.AutoConfig.from_pretrained(own)
     assert config.quantization_config["packing_format"] == "autoround:canonical"
+
+
+def test_a_run_beside_is_not_anothers(runs: Runs, tmp_path: Path) -> None:
+    """What loses something is held against its own run only, wherever that lies; never against
+    another one that happens to be near."""
+    sym, asym = runs("llama"), runs("llama", sym=False)
+    shutil.copytree(sym / "mlx", tmp_path / "one-mlx")
+    shutil.copytree(asym / "auto_round", tmp_path / "auto_round")
+    alone = verify(tmp_path / "one-mlx")
+    assert alone.ok
+    assert alone.against is None
+    assert "no run to compare with" in str(alone)
+    shutil.rmtree(tmp_path / "auto_round")
+    shutil.copytree(sym / "auto_round", tmp_path / "auto_round")
+    assert verify(tmp_path / "one-mlx").against == tmp_path / "auto_round"
