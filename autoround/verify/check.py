@@ -8,14 +8,12 @@ before they were packed, the contents): they are proven alone. Others are held a
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from autoround.checkpoint import INDEX, Checkpoint
 from autoround.errors import InputError
@@ -34,7 +32,9 @@ from autoround.formats import (
 from autoround.formats.row import Place, furthest
 from autoround.verify import decode
 from autoround.verify.claims import RULES, Claim
+from autoround.verify.compare import apart, foreign, same_bytes, unlike, unsound
 from autoround.verify.decode import Numbers
+from autoround.verify.verdict import Verdict
 from hal.digest import crc32
 
 Task = Callable[[], None]
@@ -42,44 +42,6 @@ Task = Callable[[], None]
 PIECE = 32 << 20
 #: Where readers look for the quantization beside config.json.
 COPIES = ("quantization_config.json", "quantize_config.json")
-
-
-@dataclass(slots=True)
-class Verdict:
-    """What was compared, and every difference found; none = verified.
-
-    ``recorded``: with what the run recorded in the directory itself; ``against``: with other files.
-    ``largest_error``: of a dequantized weight or a kept tensor against the run, as the format's
-    readers see it; 0 = exact.
-    """
-
-    directory: Path
-    format: str
-    modules: int = 0
-    kept: int = 0
-    checksums: int = 0
-    recorded: bool = False
-    against: Path | None = None
-    largest_error: float = 0.0
-    differences: list[str] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        return not self.differences
-
-    def __str__(self) -> str:
-        if not self.ok:
-            return f"NOT VERIFIED {self.directory}: {len(self.differences)} differences"
-        if self.against is None and not self.recorded:
-            return (
-                f"VERIFIED {self.directory}: {self.checksums} checksums, {self.modules} modules as "
-                "the config says; no run to compare with (--against RUN)"
-            )
-        loss = f"largest error {self.largest_error:.3g}" if self.largest_error else "exact"
-        return (
-            f"VERIFIED {self.directory} ({self.format}, {loss}): codes, scales and zero levels of "
-            f"{self.modules} modules and {self.kept} other tensors, bit for bit"
-        )
 
 
 def verify(
@@ -165,7 +127,7 @@ class _Check:
             self.verdict.checksums = len(tasks)
             if self.files is not None and self.contents is not None:
                 self.verdict.recorded = True
-                tasks += self._packed(self.contents, self.files, self._as_told)
+                tasks += self._packed(self.contents, self.files, self._as_recorded)
                 self._all_kept(self.contents)
             elif self.files is not None:
                 tasks += self._alone(self.files)
@@ -192,6 +154,10 @@ class _Check:
         with self._lock:
             if text not in self.verdict.differences:
                 self.verdict.differences.append(text)
+
+    def _all_differ(self, name: str, texts: Iterable[str]) -> None:
+        for text in texts:
+            self._differs(f"{name}: {text}")
 
     def _index(self) -> None:
         """The index, where there is one: as many bytes as there are, no tensor left out."""
@@ -234,7 +200,7 @@ class _Check:
 
         def look(name: str) -> None:
             if (numbers := self._numbers(files, name)) is not None:
-                self._sane(name, numbers)
+                self._all_differ(name, unsound(numbers))
                 self._claimed(name, numbers, _inside(name))
 
         for name in files.modules:
@@ -254,7 +220,7 @@ class _Check:
         def look(module: Module) -> None:
             found = self._numbers(files, module.name)
             if found is not None:
-                self._sane(module.name, found)
+                self._all_differ(module.name, unsound(found))
                 compare(module, found)
                 self._claimed(module.name, found, contents.inside(module.name))
 
@@ -267,16 +233,13 @@ class _Check:
         """Against the run's files."""
         expected = self._numbers(run, module.name)
         if expected is not None:
-            self._same(module.name, found, expected)
+            self._all_differ(module.name, unlike(found, expected))
+            self._lost(apart(found, expected))
 
-    def _as_told(self, module: Module, found: Numbers) -> None:
-        """Against what the run knew of the weight before it was packed."""
-        told = str((self.record.get("numbers") or {}).get(module.name)).split()
-        for what, have, want in zip(decode.PARTS, found.fingerprint(), told, strict=False):
-            if have != want:
-                self._differs(f"{module.name}: the {what} are not those that the run found")
-        if len(told) != len(decode.PARTS):
-            self._differs(f"{module.name} has no fingerprint in {RECORD}")
+    def _as_recorded(self, module: Module, found: Numbers) -> None:
+        """Against what the run knew of the weight."""
+        told = (self.record.get("numbers") or {}).get(module.name)
+        self._all_differ(module.name, foreign(found, told))
 
     def _numbers(self, files: Quantized, name: str) -> Numbers | None:
         try:
@@ -284,48 +247,6 @@ class _Check:
         except UNREADABLE as error:
             self._differs(f"{name} cannot be decoded: {error}")
             return None
-
-    def _sane(self, name: str, numbers: Numbers) -> None:
-        scale = numbers.scale
-        if not bool(torch.isfinite(scale).all()):
-            self._differs(f"{name} has scales that are NaN or infinite")
-        elif bool((scale == 0).any()):
-            self._differs(f"{name} has scales of zero")
-        if bool((numbers.zero >= 1 << numbers.bits).any()) or bool((numbers.zero < 0).any()):
-            self._differs(f"{name} has zero levels outside its {numbers.bits} bits")
-
-    def _same(self, name: str, found: Numbers, expected: Numbers) -> None:
-        if (found.bits, found.shape) != (expected.bits, expected.shape):
-            self._differs(
-                f"{name} is {found.bits} bits {list(found.shape)}, "
-                f"the run has {expected.bits} bits {list(expected.shape)}"
-            )
-            return
-        if found.scale.shape != expected.scale.shape or not torch.equal(
-            found.groups, expected.groups
-        ):
-            self._differs(f"{name}: columns belong to other groups than in the run")
-            return
-        pairs = {
-            "scale": (found.scale, expected.scale.to(found.scale.dtype)),
-            "zero level": (found.zero, expected.zero),
-        }
-        if found.biases is not None and expected.biases is None:
-            offset = -expected.scale.float() * expected.zero
-            pairs["bias"] = (found.biases, offset.to(found.biases.dtype))
-        # Two streams of the same bits in a row are equal where their codes are.
-        streams = found.words is not None and expected.words is not None
-        if not (streams and _same_bytes(found.words, expected.words)):  # type: ignore[arg-type]
-            pairs["code"] = (found.codes, expected.codes)
-        self._lost(_apart(found, expected))
-        for what, (have, want) in pairs.items():
-            if not torch.equal(have, want):
-                wrong = (have != want).nonzero()
-                row, column = wrong[0].tolist()
-                self._differs(
-                    f"{name}: {len(wrong)} {what}s differ, first [{row}, {column}]: "
-                    f"{have[row, column].item():.6g}, the run has {want[row, column].item():.6g}"
-                )
 
     def _claimed(self, name: str, numbers: Numbers, inside: bool) -> None:
         """The config must say of the module what its tensors show."""
@@ -422,7 +343,7 @@ class _Check:
             own = rows if index is None else slice(index, index + 1)
             have = self.checkpoint.get(place.name, own)
             have = have if index is None else have[0]
-            if not _same_bytes(have, want.to(have.dtype)):
+            if not same_bytes(have, want.to(have.dtype)):
                 self._differs(f"{name} is not what the run has")
                 return
             if have.dtype != want.dtype:
@@ -446,14 +367,6 @@ def _decoded(files: Quantized, name: str) -> Numbers:
     if dialect == "mlx":
         return decode.mlx(parts, files.said_group(name))
     return decode.compressed(parts)
-
-
-def _apart(found: Numbers, expected: Numbers) -> float:
-    """Largest difference of weights of the same codes: linear in a code, so at an end of them."""
-    slope = found.scale.float() - expected.scale.float()
-    start = found.start() - expected.start()
-    end = start + slope * ((1 << found.bits) - 1)
-    return max(float(start.abs().max()), float(end.abs().max())) if slope.numel() else 0.0
 
 
 def _side_by_side(tasks: Iterable[Task]) -> None:
@@ -482,17 +395,6 @@ def _record(path: Path) -> dict[str, Any]:
 
 def _format(name: str) -> Format:
     return FORMATS.get(name, FORMATS["auto_round"])
-
-
-def _same_bytes(a: Tensor, b: Tensor) -> bool:
-    """NaN equals itself, and -0.0 is not 0.0."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    x, y = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
-    whole = len(x) // 8 * 8  # eight bytes at a time: four times as fast as two
-    return torch.equal(x[:whole].view(torch.int64), y[:whole].view(torch.int64)) and torch.equal(
-        x[whole:], y[whole:]
-    )
 
 
 def _subject(task: Task) -> str:
