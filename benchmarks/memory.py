@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peak memory against depth: the same width with 4 and with 16 blocks, ours and auto-round's."""
+"""Peak memory and time against depth: one width, growing depth, ours and auto-round's."""
 
 import argparse
 import json
@@ -29,6 +29,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "the same, low memory": (OURS, SMALL | {"low_cpu_mem_usage": True}),
     "2 steps": (OURS, SMALL | {"iters": 2}),
     "auto-round, 2 steps": (INTEL, SMALL | {"iters": 2}),
+    "auto-round": (INTEL, {}),
 }
 
 
@@ -47,12 +48,12 @@ def main(argv: list[str]) -> None:
     o.output.mkdir(parents=True, exist_ok=True)
     ids = torch.randint(0, 1024, (o.nsamples, o.seqlen), generator=torch.Generator().manual_seed(0))
     save_file({"ids": ids}, o.output / "tokens.safetensors")
-    table = Table("blocks", "checkpoint", *(f"peak, {name}" for name in o.runs))
+    table = Table("blocks", "checkpoint", *(f"{name}: peak, CPU" for name in o.runs))
     for depth in o.depths:
         where = o.output / f"llama-{depth}"
-        sizes = [_checkpoint(where, o.hidden, depth)]
-        sizes += [_peak(where, o.output / f"out-{depth}", *RUNS[name]) for name in o.runs]
-        table.add_row(str(depth), *(f"{n / MB:.0f} MB" for n in sizes))
+        size = _checkpoint(where, o.hidden, depth)
+        cells = [_cost(where, o.output / f"out-{depth}", *RUNS[name]) for name in o.runs]
+        table.add_row(str(depth), f"{size / MB:.0f} MB", *cells)
     Console().print(table)
 
 
@@ -74,11 +75,12 @@ def _checkpoint(where: Path, hidden: int, depth: int) -> int:
     return sum(f.stat().st_size for f in where.glob("*.safetensors"))
 
 
-def _peak(model: Path, output: Path, script: str, asked: Mapping[str, Any]) -> int:
-    """Resident bytes at most, of one quantization in a process of its own."""
+def _cost(model: Path, output: Path, script: str, asked: Mapping[str, Any]) -> str:
+    """Resident bytes at most, and processor seconds, of one quantization in its own process."""
     shutil.rmtree(output, ignore_errors=True)
     python = sys.executable if script == OURS else str(environment("auto-round").absolute())
     words = [str(model), str(output.parent / "tokens.safetensors"), str(output), json.dumps(asked)]
     command = [python, str(HERE / "peers" / script), *words]
     done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE)
-    return int(json.loads(done.stdout.splitlines()[-1])["peak"])
+    made: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return f"{made['peak'] / MB:.0f} MB, {made['cpu']:.0f} s"

@@ -11,11 +11,13 @@ from torch import Tensor
 
 import hal
 from autoround.stages.inputs import Moments, dataflow, expert_moments, gain, moments
-from autoround.stages.quadratic import Grid, damped, descend, feedback, refit
+from autoround.stages.quadratic import Grid, damped, descend, feedback, refit, solved
 from autoround.stages.task import BlockTask, LayerTask
 
 #: Bytes of the moments of experts that are gathered in one pass over the samples.
 AT_ONCE = 1 << 30
+#: Rows of a weight, at least, on which a ridge is judged.
+JUDGED = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,49 +123,46 @@ class Feedback:
 
     def _rounded(self, t: Tensor, h: Tensor, spec: hal.Spec) -> tuple[Tensor, hal.Params]:
         """The matrix of levels nearest to ``t`` in the sense of ``h``, and their grid."""
-        firm = damped(h, self.damp)
         range_of = hal.search(t, spec, importance=h.diagonal().contiguous(), grid=self.grid)
-        grid = Grid.of(t, range_of, spec)
-        q, h = feedback(t, firm, grid), firm.float()
-        want = t @ h
+        grid, t = Grid.of(t, range_of, spec), t.t().contiguous()
+        h = damped(h, self.damp, h.dtype)
+        q, want = feedback(t, h, grid), h @ t
         for _ in range(self.rounds):
             q, grid = refit(q, want, h, grid)
             q = descend(q, t, h, grid, self.sweeps)
-        return q, grid.params()
+        return q.t().contiguous(), grid.params()
 
     def _target(self, w: Tensor, m: Moments, judge: Moments) -> Tensor:
         """The weight that makes up for what is missing, as far as held-out samples agree."""
-        if not self.ridges:
-            return w
-        lacking = judge.miss if judge.of_output else w @ judge.miss
-        lacks = m.miss.double().t()
+        few = slice(None, None, max(1, len(w) // JUDGED))
+        lacks, judged = (x.miss[few] if x.of_output else w[few] @ x.miss for x in (m, judge))
 
-        def changed(ridge: float) -> tuple[float, Tensor]:
+        def cost(ridge: float) -> float:
             """||miss - change X||^2 over the judging samples, less what no change alters."""
-            factor, failed = torch.linalg.cholesky_ex(damped(m.h, ridge))
-            if failed:  # one direction so strong that f32 sums bury a small ridge
-                return math.inf, w
-            back = torch.cholesky_solve(lacks, factor).t().float()
-            change = back if m.of_output else w @ back
-            return float(((change @ judge.h - 2 * lacking) * change).sum()), change
+            change = solved(m.h, ridge, lacks)
+            if change is None:
+                return math.inf
+            return float(((change @ judge.h - 2 * judged) * change).sum())
 
-        cost, change = least(changed, self.ridges)
-        return w + change if cost < 0 else w
+        lowest, ridge = least(cost, self.ridges) if self.ridges else (0.0, 0.0)
+        if lowest >= 0:
+            return w
+        change = solved(m.h, ridge, m.miss)
+        assert change is not None
+        return w + (change if m.of_output else w @ change)
 
 
-def least(
-    of: Callable[[float], tuple[float, Tensor]], values: Sequence[float]
-) -> tuple[float, Tensor]:
-    """The least of a function that falls, then rises: from the middle downhill."""
+def least(of: Callable[[float], float], values: Sequence[float]) -> tuple[float, float]:
+    """The least of a function that falls, then rises, and where: from the middle downhill."""
     at = len(values) // 2
     best = of(values[at])
     for step in (-1, 1):
         moved = False
-        while 0 <= at + step < len(values) and (found := of(values[at + step]))[0] < best[0]:
+        while 0 <= at + step < len(values) and (found := of(values[at + step])) < best:
             best, at, moved = found, at + step, True
         if moved:
             break
-    return best
+    return best, values[at]
 
 
 def _rows(layers: Sequence[LayerTask]) -> list[slice]:

@@ -12,12 +12,15 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from autoround.stages.products import short_factors
 from autoround.stages.task import BlockTask, Call, hidden
 
 #: Least correlation between a nudge of a layer's output and the block's answer to it.
 TIED = 0.7
 #: Size of the nudge, as a share of the output's own root mean square.
 NUDGE = 0.1
+#: Rows and columns of a product of inputs that are summed together.
+TILE = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +122,16 @@ def moments(
             f, _ = _input(task, name, task.floats.gather(batch), {}, whole=False)
             # A router may send other tokens here on the float chain; then there is no telling.
             lack = f - x if f is not None and f.shape == x.shape else torch.zeros_like(x)
-        squares, products = _product(x, x), _product(lack, x)
-        h = squares if h is None else h + squares
-        miss = products if miss is None else miss + products
+        if h is None or miss is None:
+            h, miss = (
+                x.new_zeros(n, x.shape[1], dtype=torch.float32) for n in (x.shape[1], lack.shape[1])
+            )
+        x = x.float()
+        _add_squares(h, x)
+        _add_products(miss, lack.float(), x)
     if h is None or miss is None:
         return None
-    return Moments(h, miss, gain is not None)
+    return Moments(_mirrored(h), miss, gain is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,13 +174,16 @@ def expert_moments(
         if x.shape[1] != k or len(ends) != owner.get_parameter(leaf).shape[0]:
             return None
         bounds = [0, *ends.tolist()]
-        together += _product(x[: bounds[-1]], x[: bounds[-1]])
+        x = x.float()
+        _add_squares(together, x[: bounds[-1]])
         routed += bounds[-1]
         for at, expert in enumerate(experts):
             own = x[bounds[expert] : bounds[expert + 1]]
             if len(own):
-                h[at] += _product(own, own)
+                _add_squares(h[at], own)
                 tokens[at] += len(own)
+    for found in (*h, together):
+        _mirrored(found)
     return ExpertMoments(h, tokens, together, routed)
 
 
@@ -262,13 +272,30 @@ def watching(
             handle.remove()
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``a^T b`` in f32: bf16 factors, f32 sums; 3x an f32 product where the processor has bf16."""
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        made: Tensor = a.float().t() @ b.float()
-        return made
-    finally:
-        matmul.fp32_precision = before
+def _add_products(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a^T b``, all f32, tile by tile: at K = 4096 in .6 of the time of one product."""
+    with short_factors():
+        for i in range(0, total.shape[0], TILE):
+            for j in range(0, total.shape[1], TILE):
+                _tile(total, i, j).addmm_(a[:, i : i + TILE].t(), b[:, j : j + TILE])
+
+
+def _add_squares(total: Tensor, x: Tensor) -> None:
+    """``total += x^T x``, the tiles on the diagonal and right of it (.37 of the time); `_mirrored`
+    makes the others."""
+    for i in range(0, len(total), TILE):
+        _add_products(total[i : i + TILE, i:], x[:, i : i + TILE], x[:, i:])
+
+
+def _mirrored(total: Tensor) -> Tensor:
+    """The whole symmetric matrix, in place, of its upper triangle."""
+    for i in range(0, len(total), TILE):
+        own = _tile(total, i, i)
+        own.copy_(own.triu() + own.triu(1).t())
+        for j in range(i + TILE, len(total), TILE):
+            _tile(total, j, i).copy_(_tile(total, i, j).t())
+    return total
+
+
+def _tile(x: Tensor, i: int, j: int) -> Tensor:
+    return x[i : i + TILE, j : j + TILE]

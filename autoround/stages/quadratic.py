@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rounding a matrix with least quadratic error: min over codes of tr((Q - T) H (Q - T)^T).
+"""Rounding a matrix with least quadratic error: min over codes of tr((Q - T)^T H (Q - T)).
 
-``t [N, K]`` f32 is what to round, ``h [K, K]`` f32 the second moment of the inputs, and a `Grid`
-the levels each row may take.
+Matrices lie transposed here, a column of the weight in a row of memory: ``t [K, N]`` f32 is what to
+round, ``h [K, K]`` f32 the second moment of the inputs, and a `Grid` the levels of each output.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import hal
+from autoround.stages.products import short_factors
 
 #: Columns worked on before the rest of the matrix hears of it.
 BLOCK = 128
@@ -46,110 +47,124 @@ class Grid:
         ones = torch.ones(s.shape, device=s.device)
         return hal.Params(None, ones, ones.clone(), -low, high)
 
-    def columns(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Scales and zero levels of columns, a row for each: ``[columns, N]``."""
+    def levels(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of columns, a row for each: scales, and the least and the most level above zero."""
         g = torch.arange(start, stop, device=self.scale.device) // self.spec.width(self.k)
-        return self.scale.t()[g], self.zero.t()[g]
+        zero = self.zero.t()[g]
+        return self.scale.t()[g], -zero, self.spec.max_level - zero
 
     def codes(self, q: Tensor) -> Tensor:
-        """``[N, K]``: levels above zero of values on the grid."""
+        """``[K, N]``: levels above zero of values on the grid."""
         return (q / self.spread(self.scale)).round_()
 
     def spread(self, x: Tensor) -> Tensor:
-        """``[N, G] -> [N, K]``."""
-        return x.repeat_interleave(self.spec.width(self.k), 1)[:, : self.k]
+        """``[N, G] -> [K, N]``."""
+        return x.t().repeat_interleave(self.spec.width(self.k), 0)[: self.k]
 
 
-def damped(h: Tensor, share: float) -> Tensor:
-    """``h`` in f64 with a share of its mean diagonal added: safe to invert."""
-    h = h.double()
-    lift = share * h.diagonal().mean().clamp(min=1e-8)
-    return h + lift * torch.eye(len(h), dtype=h.dtype, device=h.device)
+def damped(h: Tensor, share: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    """A copy of ``h`` with a share of its mean diagonal added: safe to invert."""
+    h = h.to(dtype, copy=True)
+    h.diagonal().add_(share * h.diagonal().mean().clamp(min=1e-8))
+    return h
+
+
+def cholesky_(a: Tensor) -> Tensor | None:
+    """The lower factor of ``a [K, K]``, which is symmetric and overwritten; None where it has none.
+    In place, since at K = 14336 each copy takes 1.6 GB."""
+    info = torch.empty((), dtype=torch.int32, device=a.device)
+    factor: Tensor = a.mT
+    torch.linalg.cholesky_ex(factor, out=(factor, info))
+    return None if info else factor
+
+
+def solved(h: Tensor, share: float, rows: Tensor) -> Tensor | None:
+    """``rows (h + r I)^-1 [R, K]`` in f32, solved in f64, with r a share of the mean diagonal; None
+    where one direction is so strong that f32 sums bury a small ridge."""
+    factor = cholesky_(damped(h, share))
+    if factor is None:
+        return None
+    x: Tensor = torch.linalg.solve_triangular(factor, rows.double().t(), upper=False)
+    x = torch.linalg.solve_triangular(factor.mT, x, upper=True)
+    return x.t().float()
 
 
 def feedback(t: Tensor, h: Tensor, grid: Grid) -> Tensor:
-    """Column after column, each one's error spread over those to come (GPTQ, Frantar 2022)."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h.double()))
-    upper = torch.linalg.cholesky(inverse, upper=True).float()
-    left, q = t.clone(), torch.empty_like(t)
-    for start in range(0, t.shape[1], BLOCK):
-        stop = min(start + BLOCK, t.shape[1])
-        x = _turned(left[:, start:stop])
-        errors = torch.empty_like(x)
-        scale, zero = grid.columns(start, stop)
-        factor = upper[start:stop, start:stop]
-        for j in range(stop - start):
-            near = _nearest(x[j], scale[j], zero[j], grid.spec.max_level)
-            torch.div(x[j] - near, factor[j, j], out=errors[j])
-            x[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
-            x[j] = near
-        q[:, start:stop] = x.t()
-        left[:, stop:] -= errors.t() @ upper[start:stop, stop:]
-    return q
+    """Column after column, each one's error spread over those to come (GPTQ, Frantar 2022).
+
+    With H = R R^T, R upper triangular, that is to round t_j + sum_{i < j} (t_i - q_i) R_ij / R_jj
+    (Chee 2023, theorem 6): no inverse is needed.
+    """
+    factor = cholesky_(h.flip(0, 1).double())
+    assert factor is not None
+    pull = factor.div_(factor.diagonal().clone()).float().t().flip(0, 1)
+    lacking = torch.zeros_like(t)
+    _sweep(t, lacking, pull, grid)
+    return t - lacking
 
 
 def descend(q: Tensor, t: Tensor, h: Tensor, grid: Grid, sweeps: int) -> Tensor:
-    """Sweeps of coordinate descent: each column in turn moves to its best level."""
-    q, slope, curvature = q.clone(), (q - t) @ h, h.diagonal().clamp(min=1e-12)
-    for sweep in range(sweeps):
-        for start in range(0, t.shape[1], BLOCK):
-            stop = min(start + BLOCK, t.shape[1])
-            x, slopes = _turned(q[:, start:stop]), _turned(slope[:, start:stop])
-            scale, zero = grid.columns(start, stop)
-            own = h[start:stop, start:stop]
-            for j in range(stop - start):
-                best = x[j] - slopes[j] / curvature[start + j]
-                new = _nearest(best, scale[j], zero[j], grid.spec.max_level)
-                slopes[j:].addr_(own[j, j:], new - x[j])
-                x[j] = new
-            change = x.t() - q[:, start:stop]
-            q[:, start:stop] = x.t()
-            # Columns behind are not looked at again before the next sweep.
-            first = stop if sweep == sweeps - 1 else 0
-            slope[:, first:] += change @ h[start:stop, first:]
-    return q
+    """Sweeps of coordinate descent: each column in turn moves to its best level, which is the one
+    nearest to t_j + sum_{i != j} (t_i - q_i) h_ij / h_jj."""
+    pull = h / h.diagonal().clamp(min=1e-12)[:, None]
+    pull.fill_diagonal_(0)
+    lacking = t - q
+    for _ in range(sweeps):
+        _sweep(t, lacking, pull, grid)
+    return t - lacking
 
 
-def _turned(x: Tensor) -> Tensor:
-    """Columns as rows of their own: in place, those of 4096 columns would fall on the same lines
-    of the cache."""
-    return x.t().contiguous()
+def _sweep(t: Tensor, lacking: Tensor, pull: Tensor, grid: Grid) -> None:
+    """Each column in turn takes the level nearest to t_j + sum_i pull_ji lacking_i.
 
-
-def _nearest(x: Tensor, scale: Tensor, zero: Tensor, most: int) -> Tensor:
-    """The nearest level's value."""
-    return (((x / scale).round_() + zero).clamp_(0, most) - zero).mul_(scale)
+    ``lacking``: t - q of every column, in place. ``pull [K, K]``: zero on the diagonal.
+    """
+    for start in range(0, len(t), BLOCK):
+        stop = min(start + BLOCK, len(t))
+        want, old = t[start:stop], t[start:stop] - lacking[start:stop]
+        with short_factors():  # noise of a hundredth of a level, where rounding has half of one
+            best = torch.addmm(want, pull[start:stop], lacking)
+        scale, least, most = grid.levels(start, stop)
+        inverse, near = 1 / scale, pull[start:stop, start:stop].contiguous()
+        moved = torch.empty_like(best)  # of the columns before, since the product was taken
+        rows = zip(*(x.unbind() for x in (best, old, scale, inverse, least, most)), strict=True)
+        for j, (x, was, step, steps, low, high) in enumerate(rows):
+            if j:
+                x.addmv_(moved[:j].t(), near[j, :j])
+            x.mul_(steps).round_().clamp_(low, high).mul_(step)
+            torch.sub(was, x, out=moved[j])
+        torch.sub(want, best, out=lacking[start:stop])
 
 
 def refit(q: Tensor, want: Tensor, h: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
     """Scales of least error for the codes as they are; returns the matrix on its new grid.
 
-    ``want``: the target times ``h``.
+    ``want``: ``h`` times the target.
     """
-    n, k = q.shape
+    k, n = q.shape
     width, groups = grid.spec.width(k), grid.spec.groups(k)
     codes = grid.codes(q)
-    a = torch.empty(n, groups, groups, dtype=torch.float64, device=q.device)
+    a = torch.empty(groups, groups, n, dtype=torch.float64, device=q.device)
     for g in range(groups):
         part = slice(g * width, min((g + 1) * width, k))
         rest = slice(part.start, k)
-        a[:, g, g:] = _by_group((codes[:, part] @ h[part, rest]).mul_(codes[:, rest]), width)
-        a[:, g:, g] = a[:, g, g:]
-    b = _by_group(want * codes, width).double()
+        a[g, g:] = _by_group((h[rest, part] @ codes[part]).mul_(codes[rest]), width)
+        a[g + 1 :, g] = a[g, g + 1 :]
+    a, b = a.permute(2, 0, 1), _by_group(want * codes, width).t().double()
     ridge = REFIT_RIDGE * a.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
-    a += ridge[:, None, None] * torch.eye(groups, dtype=a.dtype, device=a.device)
+    a.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
     found = torch.linalg.solve(a, b + ridge[:, None] * grid.scale).float()
     found = found.to(grid.spec.scale_dtype).float()
     found = torch.where(found * grid.scale > 0, found, grid.scale).contiguous()
     new = Grid(found, grid.zero, grid.spec, k)
-    return codes * new.spread(found), new
+    return codes.mul_(new.spread(found)), new
 
 
 def _by_group(x: Tensor, width: int) -> Tensor:
-    """Sums over ``width`` columns, the last of them fewer: ``[N, K] -> [N, G]``."""
-    n, k = x.shape
+    """Sums over ``width`` columns, the last of them fewer: ``[K, N] -> [G, N]``."""
+    k, n = x.shape
     whole = k // width * width
-    sums = [x[:, :whole].reshape(n, -1, width).sum(2)]
+    sums = [x[:whole].view(-1, width, n).sum(1)]
     if whole < k:
-        sums.append(x[:, whole:].sum(1, keepdim=True))
-    return torch.cat(sums, 1)
+        sums.append(x[whole:].sum(0, keepdim=True))
+    return torch.cat(sums)
