@@ -134,7 +134,8 @@ struct RowOfDigits {
     for (int p = 0; p < P; p++) sums[p] = set1(x.sums[(chunk * x.m + row) * P + p]);
   }
 
-  // sums + scale * step * (sums of digits without the zero points), 16 columns.
+  // sums + scale * step * (sums of digits without the zero points), 16 columns. One digit: in the order of
+  // gemm_panel_s8.h, so that a row has the same bits among few rows and among many.
   template <bool ZERO>
   HAL_MEMBER vf add(const __m512i dots[P], vf scale, vf zero, vf to) const {
     const vf bias = set1(bits_as<float>(BIAS));
@@ -146,6 +147,7 @@ struct RowOfDigits {
       if (ZERO) digit = _mm512_fnmadd_ps(zero, sums[p], digit);
       y = p == P - 1 ? digit : fma(y, set1(256), digit);
     }
+    if (P == 1) return fma(mul(y, scale), step, to);
     return fma(scale, mul(y, step), to);
   }
 };

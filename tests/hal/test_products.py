@@ -84,6 +84,9 @@ def close(got: Tensor, want: Tensor, what: object) -> None:
 @example(
     hal.Spec("u5", 32, zero="int"), torch.bfloat16, 130, 136, 1030, torch.float32, True, True, 2
 )
+@example(
+    hal.Spec("u7", 136, zero="int"), torch.float16, 300, 700, 100, torch.bfloat16, True, True, 3
+)
 @ANY
 def test_products(
     kernels: str, spec: hal.Spec, dtype: torch.dtype, n: int, k: int, m: int,
