@@ -30,15 +30,26 @@ struct TileSums {
 };
 
 // tmm0-3 take the sums of 64 columns, x is tmm4, the columns at t, t + next .. are tmm6 and 7 in turn.
-#define HAL_FOUR_COLUMNS(dot)       \
-  _tile_loadd(6, t, 64);            \
-  dot(0, 4, 6);                     \
-  _tile_loadd(7, t + next, 64);     \
-  dot(1, 4, 7);                     \
-  _tile_loadd(6, t + 2 * next, 64); \
-  dot(2, 4, 6);                     \
-  _tile_loadd(7, t + 3 * next, 64); \
+#define HAL_FOUR_COLUMNS(dot, ready) \
+  _tile_loadd(6, t, 64);             \
+  ready(0);                          \
+  dot(0, 4, 6);                      \
+  _tile_loadd(7, t + next, 64);      \
+  ready(1);                          \
+  dot(1, 4, 7);                      \
+  _tile_loadd(6, t + 2 * next, 64);  \
+  ready(2);                          \
+  dot(2, 4, 6);                      \
+  _tile_loadd(7, t + 3 * next, 64);  \
+  ready(3);                          \
   dot(3, 4, 7)
+
+// Sums leave the matrix unit just before their tile is used again: the core would wait for the stores of
+// those that are not ready yet.
+#define HAL_AS_IT_IS(tile)
+#define HAL_FREE(tile)                             \
+  _tile_stored(tile, last->acc + 16 * tile, 256);  \
+  _tile_zero(tile)
 
 // Prepared x is a sequence of operands of 1 KB in the order in which they are loaded: for every M_BLOCK
 // rows, for every chunk, for every operand of rows, `count` operands side by side.
@@ -123,10 +134,14 @@ struct DigitTiles {
     }
   }
 
-  HAL_MEMBER void multiply(const char* operand, const __m512i* t) const {
+  HAL_MEMBER void multiply(const char* operand, const __m512i* t, TileSums* last) const {
     const int64_t next = COLUMN;
     _tile_loadd(4, operand, 64);
-    HAL_FOUR_COLUMNS(_tile_dpbsud);
+    if (last) {
+      HAL_FOUR_COLUMNS(_tile_dpbsud, HAL_FREE);
+    } else {
+      HAL_FOUR_COLUMNS(_tile_dpbsud, HAL_AS_IT_IS);
+    }
   }
 
   template <bool ZERO>
@@ -234,17 +249,21 @@ struct Bf16Tiles {
     }
   }
 
-  HAL_MEMBER void multiply(const char* operand, const __m512i* t) const {
+  HAL_MEMBER void multiply(const char* operand, const __m512i* t, TileSums* last) const {
     const int64_t next = COLUMN;
     _tile_loadd(4, operand, 64);
-    HAL_FOUR_COLUMNS(_tile_dpbf16ps);
+    if (last) {
+      HAL_FOUR_COLUMNS(_tile_dpbf16ps, HAL_FREE);
+    } else {
+      HAL_FOUR_COLUMNS(_tile_dpbf16ps, HAL_AS_IT_IS);
+    }
     if (PIECES > 1) {
       _tile_loadd(4, operand + 2 * size, 64);
-      HAL_FOUR_COLUMNS(_tile_dpbf16ps);
+      HAL_FOUR_COLUMNS(_tile_dpbf16ps, HAL_AS_IT_IS);
     }
     if (PIECES > 2) {
       _tile_loadd(4, operand + 4 * size, 64);
-      HAL_FOUR_COLUMNS(_tile_dpbf16ps);
+      HAL_FOUR_COLUMNS(_tile_dpbf16ps, HAL_AS_IT_IS);
     }
   }
 
@@ -272,6 +291,8 @@ struct Bf16Tiles {
 };
 
 #undef HAL_FOUR_COLUMNS
+#undef HAL_FREE
+#undef HAL_AS_IT_IS
 
 // ---- both
 
@@ -285,61 +306,58 @@ static void block_amx(const HalGemm& a, int64_t tile, int64_t row, int64_t rows,
   for (int i = 0; i < 6; i++) config.rows[i] = (uint8_t)(rows < R ? rows * digits : 16);
   _tile_loadconfig(&config);
   alignas(64) __m512i t[Tiles::BUFFERS][4 * Tiles::COLUMN];
-  Columns columns[2];
+  Columns columns[3];  // sums are scaled two products after their own
   TileSums done[2];
   done[0].columns = done[1].columns = columns;
+  TileSums *last = done, *before = done + 1;
   const uint8_t* in = tile_codes(w, tile, 0);
-  int now = 0, sum = 0;
+  int now = 0, own = 0;
   Chunk c = first_chunk(w, 0);
   tiles.unpack_steps(in, 0, c.n / 8, c.n / 8, t[0]);
-  for (; c.n; now ^= 1) {
+  for (; c.n; now ^= 1, own = own == 2 ? 0 : own + 1) {
     in += c.n * 8 * w.s.bits;
     const Chunk next = next_chunk(w, c);
     const int64_t count = Tiles::count(c.n), steps = next.n / 8;
     __m512i *from = t[now % Tiles::BUFFERS], *to = t[(now ^ 1) % Tiles::BUFFERS];
-    columns[now] = columns_of(w, tile, c.g);
+    columns[own] = columns_of(w, tile, c.g);
     const char* x = tiles.operands(a, row, c);
     // Lines of the next chunk to fetch beside every operand but those of the last rows, which unpack it.
     const int64_t others = (rows - 1) / R * count;
     const int64_t lines = others ? (next.n * w.s.bits / 8 + others - 1) / others : 0;
     const uint8_t* ahead = in;
-    for (int64_t m = 0; m < rows; m += R, sum ^= 1) {
-      const TileSums& before = done[sum ^ 1];
-      float* before_sums = sums + (before.row - row) * TILE;
-      const bool last = m + R >= rows;
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      int64_t unpacked = 0, scaled = 0, part = before.rows / count;
+    for (int64_t m = 0; m < rows; m += R) {
+      float* before_sums = sums + (before->row - row) * TILE;
+      int64_t unpacked = 0, scaled = 0, part = before->rows / count;
       for (int64_t j = 0; j < count; j++, x += 1024) {
-        tiles.multiply(x, from + Tiles::first(c.n, j));
-        if (last) {
+        tiles.multiply(x, from + Tiles::first(c.n, j), j ? nullptr : last);
+        if (m + R >= rows) {
           const int64_t until = Tiles::free_steps(steps, j + 1, count);
           tiles.unpack_steps(in, unpacked, until, steps, to);
           unpacked = until;
         } else {
           for (int64_t i = 0; i < lines; i++, ahead += 64) __builtin_prefetch(ahead);
         }
-        const int64_t until = j + 1 == count ? before.rows : scaled + part;
-        tiles.scale(before, scaled, until, before_sums);
+        const int64_t until = j + 1 == count ? before->rows : scaled + part;
+        tiles.scale(*before, scaled, until, before_sums);
         scaled = until;
       }
-      TileSums& d = done[sum];
-      _tile_stored(0, d.acc, 256);
-      _tile_stored(1, d.acc + 16, 256);
-      _tile_stored(2, d.acc + 32, 256);
-      _tile_stored(3, d.acc + 48, 256);
-      d.columns = columns + now;
+      TileSums& d = *before;
+      d.columns = columns + own;
       d.row = row + m;
       d.rows = rows - m < R ? rows - m : R;
       d.g = c.g;
       d.chunk = c.index;
+      before = last;
+      last = &d;
     }
     c = next;
   }
-  const TileSums& before = done[sum ^ 1];
-  tiles.scale(before, 0, before.rows, sums + (before.row - row) * TILE);
+  _tile_stored(0, last->acc, 256);
+  _tile_stored(1, last->acc + 16, 256);
+  _tile_stored(2, last->acc + 32, 256);
+  _tile_stored(3, last->acc + 48, 256);
+  tiles.scale(*before, 0, before->rows, sums + (before->row - row) * TILE);
+  tiles.scale(*last, 0, last->rows, sums + (last->row - row) * TILE);
 }
 
 template <int P, int B>

@@ -6,8 +6,8 @@
 
 namespace {
 
-const int64_t PANEL_K = 512;     // inputs: with them 32 rows of x take 32 KB of the L1
-const int64_t PANEL_TILES = 4;   // 256 columns: a panel takes 256 KB
+const int64_t PANEL_K = 256;     // inputs: with them 32 rows of x take 16 KB of the L1, 32 columns as many
+const int64_t PANEL_TILES = 4;   // 256 columns: a panel takes 128 KB
 const int64_t PANEL_ROWS = 512;  // their sums take 512 KB
 const int64_t OPERAND = 512;     // numbers: 16 rows x 32 inputs, or 16 pairs of inputs x 16 columns
 
@@ -102,43 +102,45 @@ HAL_INLINE void decode_panel(const HalTiles& w, int64_t tile, int64_t k, int64_t
   }
 }
 
-// 32 rows x 32 columns: sums (+)= x . w over some operands. With each, 256 bytes `ahead` are fetched.
-HAL_INLINE void multiply_panel(const uint16_t* x, const uint16_t* w, int64_t operands, bool more,
-                               const uint16_t* ahead, float* sums) {
-  const int64_t next_w = PANEL_K * 16, line = TILE * 4;
-  if (more) {
-    _tile_loadd(0, sums, line);
-    _tile_loadd(1, sums + 16, line);
-    _tile_loadd(2, sums + 16 * TILE, line);
-    _tile_loadd(3, sums + 16 * TILE + 16, line);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+// The core would wait for stores of sums that are not ready yet: each leaves the matrix unit just before its
+// tile is used again.
+#define HAL_NEXT_SUMS(tile, at)                     \
+  {                                                 \
+    _tile_stored(tile, last + (at), line);          \
+    if (more) _tile_loadd(tile, sums + (at), line); \
+    else _tile_zero(tile);                          \
   }
+
+// 32 rows x 32 columns: sums (+)= x . w over some operands, left in the matrix unit, from where those of
+// `last` leave. With each operand 256 bytes `ahead` are fetched.
+HAL_INLINE void multiply_panel(const uint16_t* x, const uint16_t* w, int64_t operands, bool more,
+                               const uint16_t* ahead, const float* sums, float* last) {
+  const int64_t next_w = PANEL_K * 16, line = TILE * 4;
   for (int64_t i = 0; i < operands; i++, x += 2 * OPERAND, w += OPERAND) {
     _tile_loadd(4, x, 64);
     for (int j = 0; j < 4; j++, ahead += 32) __builtin_prefetch(ahead, 0, 2);
     _tile_loadd(6, w, 64);
+    if (i == 0) HAL_NEXT_SUMS(0, 0);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, w + next_w, 64);
+    if (i == 0) HAL_NEXT_SUMS(1, 16);
     _tile_dpbf16ps(1, 4, 7);
     _tile_loadd(5, x + OPERAND, 64);
+    if (i == 0) HAL_NEXT_SUMS(2, 16 * TILE);
     _tile_dpbf16ps(2, 5, 6);
+    if (i == 0) HAL_NEXT_SUMS(3, 16 * TILE + 16);
     _tile_dpbf16ps(3, 5, 7);
   }
-  _tile_stored(0, sums, line);
-  _tile_stored(1, sums + 16, line);
-  _tile_stored(2, sums + 16 * TILE, line);
-  _tile_stored(3, sums + 16 * TILE + 16, line);
 }
+
+#undef HAL_NEXT_SUMS
 
 template <int B>
 static void panel_tiles(const HalGemm& a, int64_t tile, int64_t end) {
   const HalTiles& w = a.w;
   alignas(64) uint16_t panel[PANEL_TILES][4 * PANEL_K * 16];
-  alignas(64) float sums[PANEL_TILES][PANEL_ROWS * TILE + 16];
+  alignas(64) float sums[PANEL_TILES][PANEL_ROWS * TILE + 16], nowhere[32 * TILE];
+  float* last = nowhere;
   _tile_loadconfig(&TILE_CONFIG);
   for (int64_t row = 0; row < a.m; row += PANEL_ROWS) {
     const int64_t rows = at_most(a.m - row, PANEL_ROWS);
@@ -152,10 +154,17 @@ static void panel_tiles(const HalGemm& a, int64_t tile, int64_t end) {
           const uint16_t* next = PanelX::at(a, row + r + 32, k);  // an eighth beside every 32 columns
           for (int64_t i = 0; i < 2 * tiles; i++, next += PANEL_K * 4) {
             const uint16_t* own = panel[i / 2] + i % 2 * 2 * PANEL_K * 16;
-            multiply_panel(x, own, operands, k > 0, next, sums[i / 2] + r * TILE + i % 2 * 32);
+            float* to = sums[i / 2] + r * TILE + i % 2 * 32;
+            multiply_panel(x, own, operands, k > 0, next, to, last);
+            last = to;
           }
         }
       }
+      const int64_t line = TILE * 4;
+      _tile_stored(0, last, line);
+      _tile_stored(1, last + 16, line);
+      _tile_stored(2, last + 16 * TILE, line);
+      _tile_stored(3, last + 16 * TILE + 16, line);
       for (int64_t i = 0; i < tiles; i++) finish<HAL_BF16>(a, t + i, row, rows, sums[i]);
     }
   }
