@@ -140,7 +140,7 @@ static Path path_of(const HalGemm& a) {
   // Up to three digits the vector units keep up with the memory (0.29 ms of 4096 x 4096 in 4 bits, where
   // tiles take 0.31, groups of 32 0.32 and 0.53); few rows of digits cost less unpacking than bf16.
   if (a.m == 1 || a.m * digits_of(a) <= 3) return digits_path<VectorProduct, RowDigits>(a);
-  if (a.way == HAL_FAST && a.m > 80 && fits_panel_s8(a.w)) return panel_s8_path(a);
+  if (a.way == HAL_FAST && a.m > M_BLOCK && fits_panel_s8(a.w)) return panel_s8_path(a);
   if (a.way == HAL_FAST || a.m <= (a.w.s.bits > 5 ? 10 : 5)) return digits_amx(a);
   return bf16_amx(a);
 #elif HAL_LEVEL == HAL_LEVEL_AVX512VNNI

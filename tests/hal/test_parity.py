@@ -340,7 +340,7 @@ def test_fast_products_are_exact_on_quantized_activations(isa: str, dtype: torch
             most = 16
         ready = hal.prepare(q, dtype=dtype, act=act)
         w = hal.dequantize(q, dtype=torch.float32).double()
-        for m in (1, 2, 3, 4, 7, 8, 100, 300):
+        for m in (1, 2, 3, 4, 7, 8, 70, 300):
             served = m <= most
             assert (ready.kernel(m).name == "cpu.qgemm_fast") == served
             x = weights(m, q.shape[1], m).to(dtype)
@@ -363,7 +363,7 @@ def test_fast_rows_do_not_depend_on_their_number(isa: str, spec: str) -> None:
     q = quantized(weights(330, 1160, 0), hal.Spec.parse(spec))
     ready = hal.prepare(q, dtype=torch.bfloat16, act=hal.Act("s8", q.spec.group))
     x = weights(600, 1160, 1).bfloat16()
-    served = [m for m in (1, 2, 8, 70, 81, 600) if ready.kernel(m).name == "cpu.qgemm_fast"]
+    served = [m for m in (1, 2, 8, 70, 150, 600) if ready.kernel(m).name == "cpu.qgemm_fast"]
     found = [hal.qgemm(x[:m], ready) for m in served]
     assert all(same(few, found[-1][: len(few)]) for few in found)
 
