@@ -55,8 +55,8 @@ class Directory:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Mean squared error of a block's output, rounded to nearest and in the end (None: no data
-    reached it), and what it took, where the run's log is there."""
+    """Error of a block's output as a share of it, squares of both, rounded to nearest and in the
+    end (None: no data reached it), and what it took, where the run's log is there."""
 
     name: str
     loss_rtn: float | None

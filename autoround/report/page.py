@@ -282,7 +282,7 @@ def _blocks(r: Report) -> Iterator[str]:
         y = plots.decades("error", [*rtn, *own])
         svg = plots.chart(_numbers(len(tuned)), y, points, [(0, 1)])
         yield _figure(
-            "Mean squared error of each block",
+            "Error of each block, as a share of its output",
             svg,
             f"On samples held out of tuning; better in {better} of {len(tuned)}. ",
             [("a dot", "tuned"), ("b dot", "rounded to nearest")],

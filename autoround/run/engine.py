@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.nn.functional import mse_loss
 
 import hal
 from autoround.calib import TokenSet
@@ -40,7 +39,7 @@ from autoround.run.record import BlockReport, Run, peak_bytes
 from autoround.run.units import Unit, differs, joined_call, unfit
 from autoround.run.whole import Whole
 from autoround.stages import BlockTask, LayerTask, Search
-from autoround.stages.task import hidden
+from autoround.stages.task import hidden, relative_error
 
 
 class Engine:
@@ -484,5 +483,5 @@ def _reports(journal: Journal) -> list[BlockReport]:
 
 
 def _mean_loss(outputs: Mapping[int, Any], targets: Mapping[int, Tensor]) -> float:
-    errors = [mse_loss(hidden(out).float(), targets[i].float()) for i, out in outputs.items()]
+    errors = [relative_error(hidden(out), targets[i]) for i, out in outputs.items()]
     return float(torch.stack(errors).mean())

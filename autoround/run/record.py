@@ -25,9 +25,10 @@ from autoround.verify import Verdict, prove
 class BlockReport:
     """One block's outcome.
 
-    Losses are mean squared errors over the samples held out of tuning, or all where none are; NaN
-    without data. ``sparse_experts``: weights of experts with fewer tokens than columns, which lean
-    on the tokens of all experts; ``experts``: how many tokens reached each, by weight.
+    Losses are shares (`autoround.stages.task.relative_error`) over the samples held out of tuning,
+    or all where none are; NaN without data. ``sparse_experts``: weights of experts with fewer
+    tokens than columns, which lean on the tokens of all experts; ``experts``: how many tokens
+    reached each, by weight.
     """
 
     index: int

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from autoround.stages.products import short_factors
-from autoround.stages.task import BlockTask, Call, hidden
+from autoround.stages.task import BlockTask, Call, hidden, per_size
 
 #: Least correlation between a nudge of a layer's output and the block's answer to it.
 TIED = 0.7
@@ -104,8 +104,9 @@ def moments(
 ) -> Moments | None:
     """Moments of one layer over batches of samples; ``weights`` stand for the block's own.
 
-    With ``gain``, what the layer's output lacks is the block's output error over the gain. None
-    where the samples never reach the layer.
+    With ``gain``, what the layer's output lacks is the block's output error over the gain, and each
+    position counts as a share of the block's output there (`per_size`). None where the samples
+    never reach the layer.
     """
     assert task.x is not None
     assert task.floats is not None
@@ -117,7 +118,10 @@ def moments(
         if x is None:
             continue
         if gain is not None:
-            lack = (task.target(batch).float() - hidden(out).float()).flatten(0, -2) / gain
+            target = task.target(batch).float()
+            shares = per_size(target).flatten(0, -2)
+            lack = (target - hidden(out).float()).flatten(0, -2) / gain * shares
+            x = x * shares
         else:
             f, _ = _input(task, name, task.floats.gather(batch), {}, whole=False)
             # A router may send other tokens here on the float chain; then there is no telling.

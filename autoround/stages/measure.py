@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 
 import hal
-from autoround.stages.task import BlockTask, Stage
+from autoround.stages.task import BlockTask, Stage, hidden, relative_error
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """Mean squared error of the block as it stands, into the report."""
+    """Error of the block as it stands, into the report."""
 
     key: str
     batch_size: int
@@ -39,11 +39,12 @@ class Kept:
 
 
 def block_loss(task: BlockTask, batch_size: int) -> float:
-    """Mean squared error of the rounded block over the samples that judge."""
+    """`relative_error` of the rounded block over the samples that judge."""
     assert task.x is not None
     weights = {n: hal.qdq(t.w, t.ready, t.spec) for n, t in task.layers.items()}
     total = 0.0
     with torch.no_grad():
         for batch in task.x.batches(task.judged, batch_size):
-            total += float(task.loss(batch, weights)) * len(batch)
+            out = hidden(task.forward(task.x.gather(batch), weights))
+            total += float(relative_error(out, task.target(batch))) * len(batch)
     return total / len(task.judged)

@@ -140,6 +140,23 @@ class BlockTask:
         return error.index_fill(0, worst, 0.0).pow(2).mean()
 
 
+def per_size(state: Tensor) -> Tensor:
+    """``[..., 1]`` f32: 1 / the root mean square of each position of a hidden state; 0 for zeros.
+
+    What comes after a block divides by that (RMS and layer norms), so an error counts as a share of
+    it. A few positions of a language model are hundreds of times as large as all others (Sun et
+    al., Massive Activations, 2024), and would else be all that is seen.
+    """
+    square = state.float().pow(2).mean(-1, keepdim=True)
+    return torch.where(square > 0, square.rsqrt(), torch.zeros_like(square))
+
+
+def relative_error(state: Tensor, target: Tensor) -> Tensor:
+    """Mean over the positions of ||state - target||^2 / ||target||^2, f32."""
+    error = (state.float() - target.float()) * per_size(target)
+    return error.pow(2).mean()
+
+
 def hidden(output: Any) -> Tensor:
     """The hidden state in whatever a block returns."""
     state: Tensor = output[0] if isinstance(output, tuple) else output

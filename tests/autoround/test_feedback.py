@@ -204,9 +204,47 @@ def test_moments_are_those_of_the_inputs(block: Block) -> None:
     lacking = moments(task, "mix.weight", {}, batches, torch.full((H,), 2.0))
     assert lacking is not None
     call = task.x.gather(task.seen)
-    error = torch.cat([task.y[i] for i in task.seen]) - block(*call.args)[0]  # type: ignore[index]
-    want = (error.flatten(0, 1).double() / 2).t() @ x
-    assert torch.allclose(lacking.miss.double(), want, **close)
+    y = torch.cat([task.y[i] for i in task.seen]).flatten(0, 1).double()  # type: ignore[index]
+    error = y - block(*call.args)[0].flatten(0, 1).double()
+    squares = y.pow(2).mean(-1, keepdim=True)  # a position counts as a share of what it is
+    close["atol"] *= float((1 / squares).mean())
+    assert torch.allclose(lacking.h.double(), x.t() @ (x / squares), **close)
+    assert torch.allclose(lacking.miss.double(), (error / 2 / squares).t() @ x, **close)
+
+
+class Massive(nn.Module):
+    """One position's output is hundreds of times as large as the others'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(H, INNER, bias=False), nn.Linear(INNER, H, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor]:
+        return (hidden_states + self.down(F.relu(self.up(hidden_states)) ** 2),)
+
+
+def test_a_massive_position_does_not_decide_for_all_others() -> None:
+    torch.manual_seed(5)
+    block = Massive().eval().requires_grad_(False)
+    task = case(block, noise=0.0)
+    assert task.floats is not None
+    xs = {i: task.floats.call(i).hidden.clone() for i in range(COUNT)}  # type: ignore[attr-defined]
+    for x in xs.values():
+        x[0, 0] *= 60
+    task.x = task.floats = Samples({i: Call((x,), {}) for i, x in xs.items()})
+    task.y = {i: block(x)[0] for i, x in xs.items()}
+    assert task.y[0][0, 0].norm() > 200 * task.y[0][0, 1:].norm(dim=-1).max()
+
+    def others() -> float:
+        weights = {name: hal.qdq(t.w, t.ready, t.spec) for name, t in task.layers.items()}
+        errors = [task.forward(Call((xs[i],), {}), weights)[0] - block(xs[i])[0] for i in task.held]
+        return float(torch.cat(errors)[:, 1:].pow(2).mean())
+
+    Search().run(task)
+    Measure("rtn", 4).run(task)
+    before = others()
+    Kept(Feedback(4), "rtn", 4).run(task)
+    assert others() < 0.7 * before
 
 
 def test_closed_form_beats_rounding_on_held_out_samples(block: Block) -> None:
