@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from autoround.models.drive import PausedForwards
     from autoround.models.loader import StreamedModel
     from autoround.models.samples import Call, Samples, moved, split
-    from autoround.models.store import Pool, Store, trim
+    from autoround.models.store import Pool, Store, keep_freed, trim
     from autoround.models.survey import Part, Survey, WeightView
     from autoround.models.views import head_view, skipped, survey_of, verify, views_of
 
@@ -35,6 +35,7 @@ _HOMES = {
     "split": "samples",
     "survey_of": "views",
     "tokenizer_of": "compat",
+    "keep_freed": "store",
     "trim": "store",
     "verify": "views",
     "views_of": "views",
@@ -52,6 +53,7 @@ __all__ = [
     "WeightView",
     "find_blocks",
     "head_view",
+    "keep_freed",
     "moved",
     "skipped",
     "split",

@@ -27,6 +27,8 @@ REST_EVERY = 4
 #: Passes until what the C library keeps is given back: 656 MB at 32, 668 at 128, 714 at none, where
 #: the processor seconds of a run were 44.1, 42.3 and 42.6.
 TRIM_EVERY = 64
+#: Names that glibc's malloc.h has for numbers.
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 
 
 class Store:
@@ -129,6 +131,18 @@ def _claim(file: int, size: int) -> None:
             f"no room for {size / 1e6:.0f} MB of hidden states beside the output; free it, or "
             "take fewer --nsamples or a shorter --seqlen"
         ) from None
+
+
+def keep_freed() -> None:
+    """Have the C library keep what a pass frees for the next one (glibc only, until `trim`).
+
+    By its own rule it gives back the top of its memory over and over, and a pass is given fresh
+    pages: 90 ms for a block of hidden 1024 and 1024 tokens on one core, instead of 73.
+    """
+    with suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(TRIM_THRESHOLD, 1 << 26)
+        mallopt(MMAP_THRESHOLD, 1 << 24)
 
 
 def trim() -> None:

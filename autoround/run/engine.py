@@ -23,6 +23,7 @@ from autoround.models import (
     Samples,
     Store,
     StreamedModel,
+    keep_freed,
     moved,
     split,
     trim,
@@ -141,6 +142,7 @@ class Engine:
 
         ``expected``: what the first one that is not done must be given.
         """
+        keep_freed()
         trim()
         for index, calls in forwards:
             if index in self.done:

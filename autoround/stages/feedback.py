@@ -64,6 +64,7 @@ class Feedback:
             for name in names:
                 layer = task.layers[name]
                 done[name] = hal.qdq(layer.w, layer.ready, layer.spec).to(layer.dtype)
+            del found, judge  # the next ones are as large
 
         for name in task.layers:
             if name not in task.own and name not in done:

@@ -95,37 +95,40 @@ def feedback(t: Tensor, h: Tensor, grid: Grid) -> Tensor:
     With H = R R^T, R upper triangular, that is to round t_j + sum_{i < j} (t_i - q_i) R_ij / R_jj
     (Chee 2023, theorem 6): no inverse is needed.
     """
-    factor = cholesky_(h.flip(0, 1).double())
+    factor = cholesky_(h.flip(0, 1))
+    if factor is None:  # f32 was too short
+        factor = cholesky_(h.double().flip(0, 1))
     assert factor is not None
-    pull = factor.div_(factor.diagonal().clone()).float().t().flip(0, 1)
+    factor = factor.float().mT.flip(0, 1)
     lacking = torch.zeros_like(t)
-    _sweep(t, lacking, pull, grid)
+    _sweep(t, lacking, factor, grid)
     return t - lacking
 
 
 def descend(q: Tensor, t: Tensor, h: Tensor, grid: Grid, sweeps: int) -> Tensor:
     """Sweeps of coordinate descent: each column in turn moves to its best level, which is the one
-    nearest to t_j + sum_{i != j} (t_i - q_i) h_ij / h_jj."""
-    pull = h / h.diagonal().clamp(min=1e-12)[:, None]
-    pull.fill_diagonal_(0)
+    nearest to q_j + sum_i h_ji (t_i - q_i) / h_jj."""
     lacking = t - q
     for _ in range(sweeps):
-        _sweep(t, lacking, pull, grid)
+        _sweep(t, lacking, h, grid)
     return t - lacking
 
 
-def _sweep(t: Tensor, lacking: Tensor, pull: Tensor, grid: Grid) -> None:
-    """Each column in turn takes the level nearest to t_j + sum_i pull_ji lacking_i.
+def _sweep(t: Tensor, lacking: Tensor, h: Tensor, grid: Grid) -> None:
+    """Each column in turn takes the level nearest to q_j + sum_i h_ji lacking_i / h_jj.
 
-    ``lacking``: t - q of every column, in place. ``pull [K, K]``: zero on the diagonal.
+    ``lacking``: t - q of every column, in place; with a lower triangular ``h``, t itself counts as
+    q of the columns to come.
     """
     for start in range(0, len(t), BLOCK):
         stop = min(start + BLOCK, len(t))
-        want, old = t[start:stop], t[start:stop] - lacking[start:stop]
+        own = h[start:stop, start:stop]
+        curvature = own.diagonal().clamp(min=1e-12)[:, None]
+        old = t[start:stop] - lacking[start:stop]
         with short_factors():  # noise of a hundredth of a level, where rounding has half of one
-            best = torch.addmm(want, pull[start:stop], lacking)
+            best = (h[start:stop] @ lacking).div_(curvature).add_(old)
         scale, least, most = grid.levels(start, stop)
-        inverse, near = 1 / scale, pull[start:stop, start:stop].contiguous()
+        inverse, near = 1 / scale, own / curvature
         moved = torch.empty_like(best)  # of the columns before, since the product was taken
         rows = zip(*(x.unbind() for x in (best, old, scale, inverse, least, most)), strict=True)
         for j, (x, was, step, steps, low, high) in enumerate(rows):
@@ -133,7 +136,7 @@ def _sweep(t: Tensor, lacking: Tensor, pull: Tensor, grid: Grid) -> None:
                 x.addmv_(moved[:j].t(), near[j, :j])
             x.mul_(steps).round_().clamp_(low, high).mul_(step)
             torch.sub(was, x, out=moved[j])
-        torch.sub(want, best, out=lacking[start:stop])
+        torch.sub(t[start:stop], best, out=lacking[start:stop])
 
 
 def refit(q: Tensor, want: Tensor, h: Tensor, grid: Grid) -> tuple[Tensor, Grid]:

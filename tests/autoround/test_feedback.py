@@ -20,10 +20,10 @@ from autoround.models import Call, Samples
 from autoround.options import build_recipe
 from autoround.run import pipeline
 from autoround.run.events import Event, Step
-from autoround.stages import BlockTask, Feedback, Kept, LayerTask, Measure, Search
+from autoround.stages import BlockTask, Feedback, Kept, LayerTask, Measure, Search, quadratic
 from autoround.stages.feedback import least
 from autoround.stages.inputs import Moments, dataflow, expert_moments, gain, moments
-from autoround.stages.quadratic import Grid, damped, descend, feedback, refit
+from autoround.stages.quadratic import Grid, cholesky_, damped, descend, feedback, refit
 
 PGDOC = Path(__file__).parents[2] / "benchmarks/models/pgdoc"
 SPECS = ["s2:g16:f16", "s4:g32:f16", "u3:g16:f16:int", "s3:g0:f16", "u2:g24:f16:int"]
@@ -82,6 +82,17 @@ def test_feedback_equals_eliminating_one_column_at_a_time(spec: hal.Spec) -> Non
         inverse = inverse - inverse[:, j : j + 1] * inverse[j : j + 1] / inverse[j, j]
     differs = feedback(t, damped(h, 0.01), grid) != want
     assert differs.float().mean() < 0.02  # ties that f32 and f64 break differently
+
+
+def test_feedback_where_f32_finds_no_factor(
+    spec: hal.Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t, h, grid = problem(spec)
+    want = feedback(t, h.double(), grid)
+    monkeypatch.setattr(
+        quadratic, "cholesky_", lambda a: None if a.dtype == torch.float32 else cholesky_(a)
+    )
+    assert torch.equal(feedback(t, h, grid), want)
 
 
 def test_descent_ends_where_no_single_level_helps(spec: hal.Spec) -> None:
