@@ -33,7 +33,7 @@ MOMENTS, KEPT, GRADIENTS = (2.6, 4.3), (1.1, 3.5), (4.3, 5.6)
 AT_ONCE = 32 << 20
 #: The same in f32 models, whose products are bf16 and whose residual stream is not.
 WIDE = 1.3
-#: Bytes per K^2 of a matrix [N, K] in closed form: moments and what is lacking, of the samples tuned
+#: Bytes per K^2 of a matrix [N, K] in closed form: moments and what is lacking, of samples tuned
 #: on and of those that judge, in f32; a factor and two right sides in f64.
 SYSTEM = 37
 #: Bytes per weight of one matrix in closed form: what is rounded, codes, slopes, in f32.
