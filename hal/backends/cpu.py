@@ -174,9 +174,9 @@ def _qgemm_rounded(x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor) 
     _qgemm(x, weight, bias, out, ROUNDED)
 
 
-#: Most rows of products with 8-bit activations. AMX: 1.6 to 1.1 times as fast as exact ones from
-#: 256 to 2048 rows in groups of 128 and as fast in groups of 64; slower in smaller ones. Elsewhere
-#: without AVX-512: 2.4 (AVX2) to 5 times as fast.
+#: Most rows of products with 8-bit activations. AMX: 1.3 to 1.5 times as fast as others from 256 to
+#: 2048 rows in groups of 128, no faster in smaller ones. Elsewhere without AVX-512: 2.4 (AVX2) to 5
+#: times as fast.
 FAST_ROWS = {"amx": BUCKETS[-1], "avx512vnni": 8} | dict.fromkeys(
     ("avxvnni", "avx2", "neon_i8mm", "neon_dot"), BUCKETS[-1]
 )
@@ -215,17 +215,19 @@ def _qgemm_grouped_fast(x: Tensor, weight: Weight, offsets: Tensor, out: Tensor)
 
 
 def _many_rows(case: Case) -> str | None:
-    """Where exact products are no faster than torch's dense one.
+    """Where exact products are hardly faster than torch's dense one, and rounded ones are.
 
-    Times as fast as that, 4096 x 4096, 4 bits, one thread, exact and rounded: groups of 16 .89 and
-    1.39 at m = 32; of 32 1.20 and 1.23 at 64, .95 and 1.41 at 128; of 64 1.16 and 1.50 at 256, .99
-    and 1.37 at 512; of 128 1.21 and 1.40 at 512, 1.01 and 1.20 at 1024. From 6 bits on .82 to 1.03
-    and 1.11 to 1.29 at 512; so 768 x 768, which a dense product has in the L2: .86 and .96.
+    Times as fast as that, 4096 x 4096, 4 bits, one thread, exact and rounded: groups of 16 1.33
+    and 1.98 at m = 32; of 32 1.95 and 2.03 at 64, 1.27 and 1.82 at 128; of 64 1.18 and 1.52 at
+    256, 1.04 and 1.42 at 512; of 128 1.23 and 1.41 at 512, 1.09 and 1.21 at 1024. From 6 bits on
+    1.06 and 1.38 at 512. 768 x 768, which a dense product has in the L2: 1.25 and 1.27 at 128,
+    .91 and 1.09 at 256.
     """
     if case.dtype != torch.bfloat16 or isas()[isa()] != "amx":
         return "not bf16 on AMX: nothing is gained"
-    large = case.spec.bits < 6 and case.n * case.k > 1 << 20
-    most = min(max(16, case.spec.width(case.k) ** 2 // 16), 512 if large else 256)
+    small = case.n * case.k <= 1 << 20
+    rows = 128 if small else 512 if case.spec.bits < 6 else 256
+    most = min(max(16, case.spec.width(case.k) ** 2 // 16), rows)
     return None if case.m > most else f"m <= {most}: cpu.qgemm is as fast and exact"
 
 
