@@ -176,7 +176,7 @@ def _smollm2(made: Path) -> Path:
 def _run(key: Key, where: Path) -> Row:
     """One row; the runner's last line is JSON with seconds, peak bytes and the directory."""
     model, scheme, method, seed, count = key
-    source, (who, changes) = _directory(model), METHODS[method]
+    source, (who, changes) = _directory(model).absolute(), METHODS[method]
     made = load_tokens(
         None, tokenizer_of(source)[0], nsamples=count, seqlen=MODELS.get(model, TOKENS), seed=seed
     )
