@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every format's reader makes of its tensors, from the formats' own formulas alone.
 
-Nothing here but CRC-32 is shared with the writers (`autoround.formats`, `hal.layout`): a mistake
-there does not cancel itself here. Sources: formats.md 0.4 (stream), 2 (GPTQ), 3 (AWQ), 4
-(compressed-tensors), 5 (MLX).
+Nothing here is shared with the writers (`autoround.formats`, `hal.layout`): a mistake there does
+not cancel itself here. Sources: formats.md 0.4 (stream), 2 (GPTQ), 3 (AWQ), 4 (compressed-tensors),
+5 (MLX).
 """
 
 from collections.abc import Mapping
@@ -13,11 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hal.digest import crc32
-
 Parts = Mapping[str, Tensor]
-#: What a fingerprint is made of, in its order.
-PARTS = ("codes", "scales", "zero levels", "groups")
 
 
 @dataclass(frozen=True)
@@ -67,12 +63,6 @@ class Numbers:
     @property
     def symmetric(self) -> bool:
         return bool((self.zero == 1 << (self.bits - 1)).all())
-
-    def fingerprint(self) -> list[str]:
-        """CRC-32 of PARTS: codes as rows of words, scales as stored, levels u8, groups i32."""
-        words = packed(self.codes, self.bits) if self.words is None else self.words
-        parts = (words, self.scale, self.zero.to(torch.uint8), self.groups.to(torch.int32))
-        return [f"{crc32(part.contiguous()):08x}" for part in parts]
 
 
 def stream(words: Tensor, bits: int) -> Tensor:
