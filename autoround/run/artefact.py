@@ -260,8 +260,8 @@ def places(targets: Sequence[Target], output: Path) -> list[Path]:
 def _own_record(export: Export) -> dict[str, Any]:
     """What is true of one directory: its format, what it lost, its bytes, its contents.
 
-    The last two, of exact files only, make them a run's own: proven without others (`verify`), and
-    what other formats are made from.
+    ``numbers`` and ``contents``, of exact files only, make them a run's own: proven without others
+    (`verify`), and what other formats are made from.
     """
     target = export.target
     own: dict[str, Any] = {
