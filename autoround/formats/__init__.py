@@ -3,7 +3,15 @@
 
 from autoround.formats.contents import Contents, Module, Stored
 from autoround.formats.export import Export, Target, target
-from autoround.formats.read import OF_FORMAT, RECORD, UNREADABLE, Quantized, own_files
+from autoround.formats.read import (
+    OF_FORMAT,
+    RECORD,
+    UNREADABLE,
+    Quantized,
+    own_files,
+    record_of,
+    run_of,
+)
 from autoround.formats.row import Format
 from autoround.formats.table import CANONICAL, FORMATS, fit, formats_by_names
 
@@ -23,5 +31,7 @@ __all__ = [
     "fit",
     "formats_by_names",
     "own_files",
+    "record_of",
+    "run_of",
     "target",
 ]

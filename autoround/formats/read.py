@@ -173,8 +173,7 @@ class Quantized:
     @cached_property
     def record(self) -> dict[str, Any]:
         """What we wrote beside the weights; empty for a directory of another program."""
-        file = self.path / RECORD
-        return read_json(file) if file.exists() else {}
+        return record_of(self.path)
 
     @cached_property
     def recorded(self) -> dict[str, Module]:
@@ -381,6 +380,29 @@ def own_files(run: Path) -> Path | None:
             if "contents" in record and (place == run or named == place.name):
                 return place
     return None
+
+
+def run_of(path: Path) -> Path | None:
+    """The exact files of the run that a directory belongs to: itself, in it, beside or above it.
+
+    Raises InputError for a record that cannot be read.
+    """
+    own = record_of(path)
+    if "contents" in own:
+        return path
+    for place in (path, path.parent):
+        if (found := own_files(place)) and _of_run(record_of(found)) == _of_run(own):
+            return found
+    return None
+
+
+def record_of(path: Path) -> dict[str, Any]:
+    """What we wrote beside the weights; empty for a directory of another program."""
+    return read_json(path / RECORD) if (path / RECORD).is_file() else {}
+
+
+def _of_run(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in OF_FORMAT}
 
 
 def float_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from autoround.checkpoint import Checkpoint, resolve
 from autoround.errors import InputError
 from autoround.evaluate import Evaluation, Pair, Positions
 from autoround.files import read_json
-from autoround.formats import CANONICAL, RECORD, Quantized
+from autoround.formats import CANONICAL, RECORD, Quantized, run_of
 from autoround.options import device_by_name
 from autoround.report.layers import Layer, measure
 from autoround.report.log import Log, read_log
@@ -161,9 +161,8 @@ def _places(path: Path) -> list[Path]:
 
 def _quantized(path: Path, places: list[Path]) -> Quantized | None:
     """The files that show codes and scales: those of a format, else the run's own; None = dense."""
-    for place in (*places, path / CANONICAL.name, path.parent / CANONICAL.name):
-        there = (place / "config.json").is_file()
-        if there and Checkpoint(place, quantized=True).quantization is not None:
+    for place in (*places, run_of(path)):
+        if place and Checkpoint(place, quantized=True).quantization is not None:
             return Quantized(place)
     return None
 

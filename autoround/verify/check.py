@@ -20,7 +20,6 @@ from autoround.errors import InputError
 from autoround.files import read_json
 from autoround.formats import (
     FORMATS,
-    OF_FORMAT,
     RECORD,
     UNREADABLE,
     Contents,
@@ -28,6 +27,8 @@ from autoround.formats import (
     Module,
     Quantized,
     own_files,
+    record_of,
+    run_of,
 )
 from autoround.formats.row import Place, furthest
 from autoround.verify import decode
@@ -59,7 +60,7 @@ def verify(
     given = None if against is None else _given(Path(against))
     verdict = Verdict(path, "?")
     try:
-        run = _beside(path) if given is None else given
+        run = run_of(path) if given is None else given
         verdict.against = None if run is None or run.resolve() == path.resolve() else run
         _Check(path, verdict.against, verdict).all(trusted=trusted)
     except InputError as error:
@@ -84,21 +85,6 @@ def _given(run: Path) -> Path:
     return found or run
 
 
-def _beside(path: Path) -> Path | None:
-    """The exact files of the run that a directory belongs to: itself, in it, beside or above it."""
-    own = _record(path)
-    if "contents" in own:
-        return path
-    for place in (path, path.parent):
-        if (found := own_files(place)) and _of_run(_record(found)) == _of_run(own):
-            return found
-    return None
-
-
-def _of_run(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key not in OF_FORMAT}
-
-
 class _Check:
     """One comparison. Differences are collected, never raised."""
 
@@ -108,7 +94,7 @@ class _Check:
         own = self.checkpoint.config.get("quantization_config")
         dense = not own and "quantization" not in self.checkpoint.config
         self.files = None if dense else Quantized(path)
-        self.record = _record(path)
+        self.record = record_of(path)
         self.run = Quantized(run) if run else None
         own = self.run or self.files
         self.contents: Contents | None = None
@@ -134,7 +120,7 @@ class _Check:
         else:
             assert self.contents is not None
             if not trusted:
-                tasks += self._checksums(self.run.checkpoint, _record(self.run.path), "the run's ")
+                tasks += self._checksums(self.run.checkpoint, self.run.record, "the run's ")
             if self.files is None:
                 tasks += self._dense(self.contents, self.run)
             else:
@@ -387,10 +373,6 @@ def _pieces(checkpoint: Checkpoint, name: str) -> Iterator[slice]:
     step = max(1, PIECE * entry.shape[0] // entry.nbytes)
     for start in range(0, entry.shape[0], step):
         yield slice(start, min(start + step, entry.shape[0]))
-
-
-def _record(path: Path) -> dict[str, Any]:
-    return read_json(path / RECORD) if (path / RECORD).is_file() else {}
 
 
 def _format(name: str) -> Format:
